@@ -74,7 +74,7 @@ def test_sampled_items_are_the_same_after_a_kill(folder, tmp_path, capsys):
         assert sample_pairs.main([*command, f"--out={tmp_path}/b.jsonl"]) == 0
         assert (tmp_path / "b.jsonl").read_bytes() == whole
     assert sample_pairs.main([*command, "--seed=1", f"--out={tmp_path}/b.jsonl"]) == 2
-    assert "something else than answers of these models" in capsys.readouterr().err
+    assert "other items than answers of these models" in capsys.readouterr().err
 
 
 def test_answers_are_ranked_into_rows_to_train_on(folder, tmp_path, capsys):
@@ -95,7 +95,7 @@ def test_answers_are_ranked_into_rows_to_train_on(folder, tmp_path, capsys):
         assert lines(tmp_path / "o.jsonl") == wanted
         assert all(formats.example(row) for row in lines(tmp_path / "o.jsonl") if keep != "items")
     out = capsys.readouterr().out
-    assert "b wins 25 %" in out and "the best of 4: reward 1.100, at most 0.636 nats from the model" in out
+    assert "b wins 25 %" in out and "best of 4: mean reward 1.100, KL from the model <= 0.636 nats" in out
     assert rank.main([*command, "--keep=best"]) == 2
     both = [f"--prompts={source}", f"--models={folder},{folder}+none", f"--out={tmp_path}/both.jsonl"]
     assert sample_pairs.main(both) == 2  # there is no such adapter

@@ -300,7 +300,7 @@ def test_page_and_csv(swept):
     assert not page.tags & {"script", "link", "img"}
     told = " ".join(page.text.split())
     assert "8 points: 7 done and 1 failed" in told
-    assert "lowest eval/nll has optim.lr 0.1: 2 (n = 3, 95 % interval -0.4841 to 4.484)" in told
+    assert "lowest eval/nll is optim.lr 0.1: 2 (n = 3, 95 % interval -0.4841 to 4.484)" in told
     assert "The next is optim.lr 0.2: 6.167 (n = 3" in told and "the intervals overlap" in told
     rows = list(csv.DictReader((swept / "results.csv").open()))
     assert [r["eval/nll"] for r in rows] == ["1.0", "2.0", "3.0", "5.0", "6.0", "7.5", "8.0", ""]
@@ -313,7 +313,7 @@ def test_the_other_direction_and_an_unknown_metric(swept, capsys):
     folder(swept, "early", {"optim.lr": 0.3, "seed": 0}, held_out(99.0, 4), TRAIN, ended={"state": "pruned"})
     sweep_page.write(swept, "eval/nll", maximize=True)
     told = (swept / "index.html").read_text()
-    assert "The highest eval/nll has optim.lr 0.2" in told
+    assert "The setting with the highest eval/nll is optim.lr 0.2" in told
     assert "dashed: stopped early" in told and told.count('class="line heldout c5"') == 1
     assert sweep.main([f"--out={swept}", "--collect", "--metric=eval/los"]) == 2
     assert "they have eval/nll" in capsys.readouterr().err

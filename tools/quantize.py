@@ -1,15 +1,17 @@
-"""Quantizes a trained model, measures the loss of quality, and saves a folder that infer.load opens.
+"""Quantizes a trained model, measures how much quality it loses, and saves a folder that infer.load opens.
 
     python -m tools.quantize --model=NAME_OR_RUN --quant=int4 --out=DIR [--method=rtn|gptq|awq|smoothquant]
         [--data=sotu] [--rows=32] [--seq_len=256] [--eval_tokens=8192] [--seed=0] [--dtype=bfloat16] [--KEY=VALUE ...]
     python -m tools.quantize --model=NAME_OR_RUN --quant=mixed --budget=0.1GB --out=DIR [...]
 
-NAME_OR_RUN is a packaged model's name, a .gguf file, a Hugging Face folder, a hub id, or a run folder. The weights of a
-run with quant.name=qat get the format for which they were trained. --quant names a file in model/quant, and KEY is one
-of its arguments, as in --group=64. --budget limits the size of the whole model (KB, MB, GB) or the bits per weight of
-the layers' matrices (4.5bits). Within the budget, each kind of matrix stays float or becomes int8 or int4, so that the
-error is as small as possible. --data names the documents for calibration, the last of which are held out to measure the
-perplexity. --dtype is the type of the weights that are not quantized. Only one layer at a time is in memory.
+NAME_OR_RUN is a packaged model's name, a .gguf file, a Hugging Face folder, a hub id, or a run folder. --quant is a
+format, which is the name of a file in model/quant. KEY is one of the format's arguments, as in --group=64. For a run
+with quant.name=qat, --quant must be the format for which the run was trained.
+
+--budget limits the size of the whole model (KB, MB, GB) or the bits per weight of the layers' matrices (4.5bits). Each
+kind of matrix stays float or becomes int8 or int4, whichever makes the total error smallest within the budget. --data
+names the documents for calibration. The last tenth of them is held out to measure the perplexity. --dtype is the type
+of the weights that are not quantized. Except for run folders, only one layer at a time is loaded for quantization.
 """
 
 import argparse
@@ -35,8 +37,8 @@ if TYPE_CHECKING:
     from model.net.transformer import Transformer
     from model.weights import Params, Specs
 
-MATRICES = "layers/.*"  # the matrices for which a budget chooses formats
-HELD_OUT = 0.1  # fraction of the documents, taken from the end, that is not used for calibration
+MATRICES = "layers/.*"  # pattern of the matrices for which --budget chooses formats
+HELD_OUT = 0.1  # fraction of the documents, taken from the end, that measures the perplexity
 
 
 @cli.command
@@ -60,7 +62,7 @@ def budget(text: str) -> tuple[float, str] | None:
     """Parses the text of --budget into (number, unit). Raises UserError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB|bits)", text)
     if text and not found:
-        raise UserError(f"{text!r} is not a size", "--budget", "such as 0.1GB, 90MB or 4.5bits")
+        raise UserError(f"{text!r} is not a size", "--budget", "write 0.1GB, 90MB or 4.5bits, for example")
     return (float(found[1]), found[2]) if found else None
 
 
@@ -119,9 +121,9 @@ def quantize(args: argparse.Namespace, settings: Json) -> int:
         held = sum(x.nbytes for x in jax.tree.leaves(params))
         disk = sum(p.stat().st_size for p in out.rglob("*/state/**/*") if p.is_file())
         wide = sum(4 * x.size for x in jax.tree.leaves(model.abstract))
-        print(f"bytes {wide:,} in float32 -> {held:,}, {disk:,} on disk in {out / 'ckpt'}")
+        print(f"bytes: {wide:,} in float32 -> {held:,} quantized; {disk:,} on disk in {out / 'ckpt'}")
     reloaded = load(out, dtype="float32")
-    if args.eval_tokens:  # only this measurement needs a complete float model in memory
+    if args.eval_tokens:  # only this needs the whole float model in memory
         before, after = load(args.model, dtype="float32").loss(judge_on), reloaded.loss(judge_on)
         n = f"{after[1]} held-out tokens of {args.data}, seed {args.seed}"
         print(f"perplexity {np.exp(before[0]):.3f} -> {np.exp(after[0]):.3f} on {n}")
@@ -129,7 +131,7 @@ def quantize(args: argparse.Namespace, settings: Json) -> int:
 
 
 def saved_with(out: Path) -> Json:
-    """Returns the arguments with which a folder of quantized parameters was made, or {} for any other folder."""
+    """Returns the arguments with which tools.quantize made a folder, or {} if it did not make the folder."""
     from model.io import saved
 
     try:
@@ -153,7 +155,7 @@ def texts(args: argparse.Namespace, tokenizer: "Tokenizer") -> tuple["np.ndarray
     for i in rng.permutation(cut):
         ids = tokenizer.encode(documents[i])
         starts = range(0, len(ids) - args.seq_len + 1, args.seq_len)
-        rows += [ids[at : at + args.seq_len] for at in rng.permutation(starts)[:4]]  # a few rows per document
+        rows += [ids[at : at + args.seq_len] for at in rng.permutation(starts)[:4]]  # at most 4 rows per document
         if len(rows) >= args.rows:
             break
     if not rows:
@@ -170,8 +172,8 @@ def texts(args: argparse.Namespace, tokenizer: "Tokenizer") -> tuple["np.ndarray
 def fitted(
     opened: "Run | Pretrained", args: argparse.Namespace, settings: Json, rows: "np.ndarray"
 ) -> "tuple[Transformer, Params, Json | None]":
-    """Returns the model, its quantized parameters, and the "quant" group of the config if the run was trained for a
-    format."""
+    """Returns the model and its quantized parameters. The third value is the config's "quant" group if the run was
+    trained with quant.name=qat, otherwise None."""
     import importlib
     from functools import partial
 
@@ -213,7 +215,8 @@ def search(
     model: "Transformer", layer: "Callable[[int], Params]", x: "np.ndarray", limit: tuple[float, str], group: int,
     dtype: str,
 ) -> tuple[tuple[str, str], ...]:  # fmt: skip
-    """Returns the `formats` for model/quant/mixed.py that fit the budget with the least error on one batch x."""
+    """Returns the `formats` argument of model/quant/mixed.py. Chooses the formats with the smallest error on one batch
+    `x` that fit the budget."""
     import jax
     import jax.numpy as jnp
 
@@ -246,7 +249,8 @@ def search(
 
 
 def check_where(specs: "Specs", where: str) -> None:
-    """Raises UserError unless `where` selects only plain matrices of the layers."""
+    """Raises UserError unless `where` selects only single matrices of layers. Stacks of matrices, such as those of
+    experts, cannot be calibrated."""
     import jax
 
     from model import weights
@@ -260,7 +264,7 @@ def check_where(specs: "Specs", where: str) -> None:
         if spec.eqn and re.fullmatch(where, weights.name(path)):
             chosen.append(weights.name(path))
             if not in_layers(chosen[-1]) or weights.split(spec.eqn)[0]:
-                raise UserError(f"{where!r} selects {chosen[-1]}, which is not a plain matrix of a layer", "--where")
+                raise UserError(f"{where!r} selects {chosen[-1]}, which is not a single matrix of a layer", "--where")
     if not chosen:
         raise UserError(f"{where!r} selects no matrix", "--where", "such as layers/mlp/.*")
 
@@ -280,14 +284,14 @@ def reader(opened: "Run | Pretrained", model: "Transformer", dtype: str) -> "tup
         specs = model.specs["layers"]
         layer = lambda i: weights.map_named(lambda path, _: read(f"layers/{path}", i), specs, is_leaf=weights.is_spec)
         return params, layer
-    params = opened.load(model.specs, None, "float32")  # a run folder can only be read as a whole
+    params = opened.load(model.specs, None, "float32")  # run folders can only be loaded as a whole
     layers = params.pop("layers")
     return jax.tree.map(lambda x: x.astype(dtype), params), lambda i: jax.tree.map(lambda x: x[i], layers)
 
 
 def save(out: Path, lm: "LM", quant: Json, dtype: str, made: Json) -> None:
-    """Writes a run folder at step 0. The folder needs no `init`, since the checkpoint holds every parameter and
-    model.json holds the shape of the model."""
+    """Writes a run folder with a checkpoint at step 0. Its config needs no `init`, because the checkpoint contains
+    every parameter and model.json contains the model's shape."""
     import dataclasses
 
     from infer.models import SHAPE

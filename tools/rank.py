@@ -3,12 +3,12 @@
     python -m tools.rank --items=items.jsonl --reward=SPEC [--keep=best|pairs|items --out=FILE] [--kl]
 
 --reward is a weighted mix of scorers, reward models, judges, rules and your own functions (evals.reward). The command
-prints each model's mean reward and length and, for two models, how often the second model wins (a tie counts one half).
---keep=best writes each prompt with its best answer, as a data.source for fine-tuning (best-of-n). --keep=pairs writes
-each prompt with its best and its worst answer, for DPO or a reward model. --keep=items writes the items for
-feedback.main, with the ranks of the answers by reward in place of a judge's ranks. --kl estimates the KL divergence of
-the second model from the first model, as the mean log-probability under the second model minus the mean log-probability
-under the first model, on answers of the second model.
+prints each model's mean reward and mean answer length. If there are two models, it also prints how often the second one
+wins, with a tie as half a win. --keep=best writes each prompt with its best answer, as a data.source for fine-tuning
+(best-of-n). --keep=pairs writes each prompt with its best and worst answers, for DPO or a reward model. --keep=items
+writes the items for feedback.main, with the answers ranked by reward instead of by a judge. --kl estimates the KL
+divergence of the second model from the first. The estimate is the mean log-probability of the second model's answers
+under that model, minus their mean log-probability under the first model.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--kl", action="store_true", help="loads both models")
     args = parser.parse_args(argv)
     if bool(args.keep) != bool(args.out):
-        raise UserError("--keep and --out belong together", "tools.rank", "name both, or neither")
+        raise UserError("--keep and --out need each other", "tools.rank", "give both or neither")
     run(args)
 
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     items = answers.items(args.items)
     models = list(dict.fromkeys(answer["model"] for item in items for answer in item["answers"]))
     if args.kl and len(models) != 2:
-        raise UserError(f"the items have answers of {len(models)} models, not of two", args.items, "leave out --kl")
+        raise UserError(f"--kl needs answers of 2 models; the items have {len(models)}", args.items, "leave out --kl")
     rewards = reward.load(args.reward)
     flat = [(item, answer["text"]) for item in items for answer in item["answers"]]
     values = iter(rewards([item["prompt"] for item, _ in flat], [text for _, text in flat], [item for item, _ in flat]))
@@ -62,13 +62,13 @@ def run(args: argparse.Namespace) -> None:
         files.write_lines(Path(args.out), rows)
         n = max(len(item["answers"]) for item in items)
         best, nats = np.mean([max(each) for each in scored]), np.log(n) - (n - 1) / n
-        far = f"; the best of {n}: reward {best:.3f}, at most {nats:.3f} nats from the model" * (args.keep == "best")
-        print(f"{args.out}: {len(rows):,} rows of {len(items):,} items{far}")
+        far = f"; best of {n}: mean reward {best:.3f}, KL from the model <= {nats:.3f} nats" * (args.keep == "best")
+        print(f"{args.out}: {len(rows):,} rows from {len(items):,} items{far}")
 
 
 def _row(item: Json, values: list[float], keep: str, reward: str) -> Json | None:
-    """Returns a row of the kind `keep`. Returns None if the best answer is empty (for "best") or if all answers have
-    the same reward (for "pairs")."""
+    """Returns the row that --keep writes for an item. Returns None to leave the item out: for "best" if the best answer
+    is empty, and for "pairs" if all answers have the same reward."""
     texts, order = [answer["text"] for answer in item["answers"]], np.argsort(values, kind="stable")
     if keep == "items":
         ranks = [1 + sum(other > value for other in set(values)) for value in values]
@@ -102,12 +102,11 @@ def _show(items: Sequence[Json], scored: Sequence[Sequence[float]], models: Sequ
         found = paired.compare(second, first)
         span = f"95 % interval {percent(low)} to {percent(high)}"
         print(f"{models[1]} wins {percent(float(np.mean(wins)))} ({span}) of {len(wins):,} prompts")
-        print(f"its reward is {found.difference:+.3f} ({found.low:+.3f} to {found.high:+.3f}, p = {found.p:.3g})")
+        print(f"its mean reward: {found.difference:+.3f} ({found.low:+.3f} to {found.high:+.3f}, p = {found.p:.3g})")
 
 
 def _divergence(items: Sequence[Json], models: Sequence[str]) -> str:
-    """Estimates the KL divergence of the second model from the first, as a mean over answers that the second model has
-    sampled."""
+    """Estimates the KL divergence of the second model from the first, as a mean over answers of the second model."""
     from evals import answers
     from infer.lm import LM
 
@@ -116,7 +115,7 @@ def _divergence(items: Sequence[Json], models: Sequence[str]) -> str:
     for name in models:
         lm = answers.model(name)
         if not isinstance(lm, LM):
-            raise UserError("a hosted model gives no log-probabilities", name, "leave out --kl")
+            raise UserError("a hosted model returns no log-probabilities", name, "leave out --kl")
         sums.append(lm.logps([answers.asked(p, lm) for p in prompts], texts))
     gaps = [second[0] - first[0] for first, second in zip(*sums, strict=True)]
     low, high = stats.of_scores(gaps)

@@ -5,15 +5,18 @@
     python -m tools.route --curve=PAIRS --features=MODEL [--verdicts=FOLDER] [--labels=25,50,100,200] [--replays=10]
                           [--noise=0] [--label_seconds=SECONDS] --out=FOLDER
 
-The first form judges items with two answers, in both orders. Then it writes --people items for feedback.main to
-OUT/people.jsonl: a fraction --audit of these items is drawn at random, and the remaining items are those about which
-the judge is least sure. The judge's preferences for all other items are written to OUT/judged.jsonl as training data,
-and its probabilities to OUT/routes.jsonl. The second form compares the judge's probabilities with people's votes. Only
-the random items show how often the judge is right about items that it decides itself. The third form replays existing
-labels, and measures the accuracy of a linear reward model on frozen features with the given numbers of --labels. The
-labels are taken in three orders: at random, the most uncertain pairs first, and first the pairs on which the model and
-a judge disagree. The verdicts of this judge are in the folder --verdicts, written by tools.judge; without --verdicts,
-the judge prefers the longer answer.
+The first form lets the judge compare the two answers of each item, in both orders. It then writes three files to the
+folder --out. people.jsonl has the --people items that people should label with feedback.main: a fraction --audit of
+them is drawn at random, and the others are those about which the judge is least sure. judged.jsonl has the judge's
+preferences for all other items, as training data. routes.jsonl has its probabilities for all items.
+
+The second form compares the judge's probabilities with people's votes. Only the items drawn at random show how often
+the judge is right on the items that it labels itself.
+
+The third form shows how much labels help. It takes existing labels in three orders, and measures the accuracy of a
+linear reward model on frozen features after each number of --labels. The orders are: at random, the pairs with the most
+uncertain predictions first, and the pairs on which the model and a judge disagree most first. --verdicts is a folder
+with this judge's verdicts, written by tools.judge. By default, the judge always prefers the longer answer.
 """
 
 import argparse
@@ -44,17 +47,17 @@ def main(argv: list[str]) -> int | None:
     args = parser.parse_args(argv)
     chosen = [name for name in MODES if getattr(args, name)]
     if len(chosen) != 1:
-        raise UserError("--items, --routed or --curve is required, and only one", "tools.route", "see --help")
+        raise UserError("exactly one of --items, --routed and --curve is required", "tools.route", "see --help")
     if missing := [name for name in MODES[chosen[0]] if not getattr(args, name)]:
         raise UserError(f"--{missing[0]} is required with --{chosen[0]}", "tools.route", "see --help")
     rising = args.labels == sorted(set(args.labels)) and args.labels[0] > 0
     if not (0 <= args.audit <= 1 and 0 <= args.noise < 0.5 and args.replays and rising):
-        raise UserError("a setting is out of range", "tools.route", "shares are below 1, --labels rise")
+        raise UserError("a setting is out of range", "tools.route", "--audit <= 1, --noise < 0.5, --labels increase")
     {"items": send, "routed": check, "curve": curve}[chosen[0]](args)
 
 
 def send(args: argparse.Namespace) -> None:
-    """Judges items, and writes which items people label and which items the judge labels."""
+    """Judges items. Writes the items that people should label, and the judge's preferences for the others."""
     from evals import answers, router
     from evals.judge import Judge
 
@@ -83,7 +86,7 @@ def send(args: argparse.Namespace) -> None:
     print(
         f"{len(items):,} items: {len(people):,} for people ({routes.audited.sum():,} at random), {len(judged):,} judged"
     )
-    print(f"{undecided:,} are left to nobody, since the judge's two orders differ")
+    print(f"{undecided:,} get no label, because the judge's verdicts in the two orders differ")
 
 
 def _turn(text: str) -> Json:
@@ -101,10 +104,10 @@ def check(args: argparse.Namespace) -> None:
         votes[asked, pair.chosen, pair.rejected], votes[asked, pair.rejected, pair.chosen] = label, 1 - label
     lines = files.read_lines(Path(args.routed) / "routes.jsonl")
     if not lines:
-        raise UserError("no routes.jsonl in the folder", args.routed, "name the --out of the first form")
+        raise UserError("no routes.jsonl in the folder", args.routed, "give the --out folder of the first form")
     voted = [(line, votes[key]) for line in lines if (key := (pairs.text(line["prompt"]), *line["answers"])) in votes]
     if not voted:
-        raise UserError("no vote is about an item that was routed", args.votes, "name what feedback.export has written")
+        raise UserError("no vote is about an item in routes.jsonl", args.votes, "give a file of feedback.export")
     for label, part in {
         "drawn at random": [(line["p"], label) for line, label in voted if line["audited"]],
         "least sure": [(line["p"], label) for line, label in voted if not line["audited"]],
@@ -132,7 +135,7 @@ def curve(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     x, fold = features.differences(args.features, found, out), pairs.folds(found, 5)
     if args.labels[-1] > (least := min(int((fold != k).sum()) for k in np.unique(fold))):
-        raise UserError(f"{args.labels[-1]:,} labels, but a replay has {least:,} pairs", "--labels", "name fewer")
+        raise UserError(f"{args.labels[-1]:,} labels, but a replay has {least:,} pairs", "--labels", "use fewer")
     judge = _verdicts(args.verdicts, found) if args.verdicts else pairs.longest(found)
     points = {
         order: router.curve(x, fold, judge, order, args.labels, args.replays, noise=args.noise, seed=args.seed)
@@ -153,8 +156,7 @@ def curve(args: argparse.Namespace) -> None:
 
 
 def _verdicts(folder: str, found: "Sequence") -> np.ndarray:
-    """Returns the probabilities of the last judge in the file judges.json that tools.judge has written for the same
-    pairs."""
+    """Returns the last judge's probabilities for the pairs, from the judges.json that tools.judge wrote for them."""
     rows = files.load_json(Path(folder) / "judges.json")["rows"]
     given = [row["p"] for row in rows if "p" in row]
     if not given or len(given[-1]) != len(found):

@@ -1,14 +1,14 @@
-"""Samples answers of one or two models to the prompts of a file, for people and judges to compare.
+"""Samples answers of one or two models to the prompts of a file, so that people or judges can compare them.
 
     python -m tools.sample_pairs --prompts=FILE --models=MODEL[,MODEL] --out=items.jsonl [--answers=2] [--n=100]
                                  [--temperature=0.8] [--top_p=1] [--max_new_tokens=128] [--seed=0]
 
---prompts is any data source, of which only the prompts are used. MODEL is a model, a run, a base with an adapter
-(BASE+FOLDER), or a hosted model (openai:URL#MODEL). --answers is the number of answers per prompt; each of two models
-gives half of the answers. A line of --out is {"id", "prompt", "answers": [{"text", "model", "sampling"}]}, which
-feedback.main, tools.route and tools.rank can read. A prompt that occurs twice is used once, and a prompt to which a
-single model gives only equal answers is left out. If the command is killed, the same command resumes the work with the
-same result.
+--prompts is any data source. Only its prompts are used. MODEL is a model, a run, a base model with an adapter
+(BASE+FOLDER), or a hosted model (openai:URL#MODEL). --answers is the number of answers per prompt. With two models,
+each gives half of them. Each line of --out is {"id", "prompt", "answers": [{"text", "model", "sampling"}]}. The file is
+read by feedback.main, tools.route and tools.rank. Repeated prompts are used only once. With one model, prompts for
+which all answers are equal are left out. If the command is interrupted, the same command resumes where it stopped, and
+the result is the same.
 """
 
 import argparse
@@ -35,10 +35,10 @@ def main(argv: list[str]) -> int | None:
         parser.add_argument(f"--{name}", default=default, type=float)
     args = parser.parse_args(argv)
     if len(args.models) not in (1, 2):
-        raise UserError(f"{len(args.models)} models are named", "--models", "one or two, separated by a comma")
+        raise UserError(f"{len(args.models)} models are given", "--models", "give one or two, separated by a comma")
     each, rest = divmod(args.answers, len(args.models))
     if rest or not 2 <= args.answers <= MOST:
-        raise UserError(f"{args.answers} answers", "--answers", f"2 to {MOST}, an even number for two models")
+        raise UserError(f"{args.answers} answers", "--answers", f"use 2 to {MOST}, and an even number for two models")
     if not (0 <= args.temperature <= 100 and 0 < args.top_p <= 1 and args.max_new_tokens and args.n):
         raise UserError("a setting is out of range", "tools.sample_pairs", "see --help")
     if each > 1 and not args.temperature:
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def write(args: argparse.Namespace, each: int) -> None:
-    """Appends the items that are not in the file yet."""
+    """Samples the items that are not in the file yet, and appends them."""
     from data import splits
     from evals import answers
 
@@ -85,15 +85,14 @@ def write(args: argparse.Namespace, each: int) -> None:
         print(f"{at + len(names):,} of {len(todo):,} prompts", flush=True)
     lines.close()
     count = len(files.read_lines(out))
-    print(f"{out}: {count:,} items" + (f"; {equal:,} left out, since their answers were equal" if equal else ""))
+    print(f"{out}: {count:,} items" + (f"; {equal:,} left out because all answers were equal" if equal else ""))
     for lm in lms:
         if hasattr(lm, "used"):
             print(lm)
 
 
 def _kept(out: Path, names: list[str], answers: list[Json]) -> list[str]:
-    """Returns the ids of the items that an earlier call has written, and removes an incomplete line at the end of the
-    file.
+    """Returns the ids of the items that an earlier call wrote. Removes an incomplete line at the end of the file.
 
     Raises UserError if the items were sampled with other settings.
     """
@@ -108,7 +107,7 @@ def _kept(out: Path, names: list[str], answers: list[Json]) -> list[str]:
     except (ValueError, TypeError, KeyError):
         same = False
     if not same:
-        what = "the file holds something else than answers of these models to these prompts"
+        what = "the file has other items than answers of these models to these prompts"
         raise UserError(what, str(out), "choose another --out")
     if whole != text:
         files.write(out, whole)

@@ -7,12 +7,12 @@
         -d '{"model": "MODEL", "stream": true, "messages": [{"role": "user", "content": "Hello"}]}'
 
 The server has the paths /v1/chat/completions, /v1/completions, /v1/embeddings (with --embedder), /v1/models, /health
-and /metrics (for Prometheus). The `model` of a request is MODEL, NAME, or the name of an adapter, which is the last
-part of its folder unless NAME= sets another name. Requests share one batch of --rows rows, and can join and leave the
-batch at any step. --length limits the tokens of a prompt plus its answer. With a `seed`, the answer is the same as from
-infer.generate with the same settings; without a seed, the answer is random. Parameters that are not supported are
-refused, unless they have no effect. After SIGINT (Ctrl-C) or SIGTERM, the server answers its current requests and
-exits.
+and /metrics (for Prometheus). The `model` of a request is the name of the model (--name, by default MODEL) or of an
+adapter (NAME=, by default the last part of its folder's path). Requests share one batch of --rows rows, and can join
+and leave the batch at any step. --length limits the total number of tokens in a prompt and its answer. If a request has
+a `seed`, its answer is the same as that of infer.generate with the same settings. Otherwise the answer is random.
+Requests with unsupported parameters are refused, unless the parameters have no effect. After SIGINT (Ctrl-C) or
+SIGTERM, the server answers its current requests and exits.
 """
 
 import sys
@@ -26,12 +26,12 @@ def main(argv: list[str]) -> int | None:
     parser = cli.Parser("tools.serve", __doc__)
     parser.add_argument("model")
     parser.add_argument("--name", default="", help="the name of the model in requests; default: MODEL")
-    parser.add_argument("--adapters", default="", help="run or PEFT folders, separated by commas")
-    parser.add_argument("--embedder", default="", help="a model for vectors: all-minilm-l6-v2, a folder or a hub id")
-    parser.add_argument("--port", type=int, default=8000, help="0: any free port")
-    parser.add_argument("--rows", type=int, default=8, help="concurrent answers")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a prompt and its answer")
-    parser.add_argument("--strict", action="store_true", help="unused contents of the files are an error")
+    parser.add_argument("--adapters", default="", help="run folders or PEFT folders, separated by commas")
+    parser.add_argument("--embedder", default="", help="embedding model: all-minilm-l6-v2, a folder or a hub id")
+    parser.add_argument("--port", type=int, default=8000, help="port; 0 takes any free port")
+    parser.add_argument("--rows", type=int, default=8, help="maximum number of concurrent answers")
+    parser.add_argument("--length", type=int, default=1024, help="maximum number of tokens in a prompt plus its answer")
+    parser.add_argument("--strict", action="store_true", help="fail if some contents of the files are not used")
     args = parser.parse_args(argv)
     name, folders = args.name or args.model, cli.named(args.adapters)
     if min(args.rows, args.length) < 1:
@@ -40,9 +40,9 @@ def main(argv: list[str]) -> int | None:
         raise UserError(f"{name!r} is the name of the model", "--adapters", "choose another: NAME=FOLDER")
     if args.embedder in (name, *folders):
         raise UserError(
-            f"{args.embedder!r} is the name of another model here", "--embedder", "set --name for the model"
+            f"{args.embedder!r} is the name of the model or an adapter", "--embedder", "set --name for the model"
         )
-    with loopback.listen(args.port) as listening:  # before the model is loaded, since the port may be taken
+    with loopback.listen(args.port) as listening:  # before loading the model, to fail early if the port is taken
         from infer import embed
         from infer.models import load, load_many
         from infer.serve import http

@@ -1,17 +1,18 @@
-"""Runs many variants of a config. Before the first run, all variants are checked and their cost is estimated.
+"""Runs many variants of a config, called points. Before the first run, checks all points and estimates their cost.
 
     python -m tools.sweep --config=configs/X.py[:ARG] --out=runs/sweeps/NAME [--config.key=value ...]
-        --sweep=NAME       runs `def sweep_NAME()` instead of `def sweep()`; NAME,OTHER runs their product
+        --sweep=NAME       runs `def sweep_NAME()` instead of `def sweep()`; NAME,OTHER runs all combinations of both
         --search=tpe       (or random) draws --trials=20 points with Optuna from the ranges of `def search()`
         --jobs=1           number of concurrent runs, each of which uses all accelerators that it sees
         --retry-failed     runs failed points again
-        --metric=eval/nll  the metric to rank by      --maximize     higher is better
+        --metric=eval/nll  metric to rank points by   --maximize     a higher metric is better
         --dry-run          only estimates the cost    --collect      only writes results.csv and index.html
-        --emit=slurm       (or skypilot, xpk, gcloud, lines) only writes OUT/emit/ for a cluster
+        --emit=slurm       (or skypilot, xpk, gcloud, lines) only writes files to OUT/emit/ that run the points on a
+                           cluster
 
-Each point is trained in a run folder OUT/ID. If the command is repeated, even concurrently on other machines, it skips
-points that are done or running, and resumes interrupted points. The exit code is 0 if all points are done, 1 if some
-points failed, 2 if the input must change, and 75 after an interruption.
+Each point is trained in a run folder OUT/ID. The same command can be run again, or on other machines at the same time.
+It then skips points that are done or running, and resumes interrupted points. The exit code is 0 if all points are
+done, 1 if some points failed, 2 if the input must change, and 75 after an interruption.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ FLAGS = {
     "maximize": False, "dry-run": False, "collect": False, "emit": "",
 }  # fmt: skip
 CHOICES = {"search": ("tpe", "random"), "emit": ("skypilot", "xpk", "slurm", "gcloud", "lines")}
-MFU_RANGE = 0.2, 0.5  # range of the MFU that the estimates assume
+MFU_RANGE = 0.2, 0.5  # assumed range of the MFU
 
 
 @cli.command
@@ -71,7 +72,7 @@ def run(args: overrides.Args) -> int:
 
 
 def check(args: overrides.Args) -> None:
-    """Raises ConfigError with all problems of the options."""
+    """Raises ConfigError, which lists all problems, if the options are invalid."""
     flags, problems = args.flags, list(args.problems)
     for name, known in CHOICES.items():
         if flags[name] and flags[name] not in known:
@@ -83,7 +84,7 @@ def check(args: overrides.Args) -> None:
             problems.append(Problem(f"--{name}", "", "cannot be combined with --search", "drop one of the two"))
     if not flags["out"] or "://" in flags["out"]:
         problems.append(
-            Problem("--out", flags["out"], "must be a folder; mount a bucket", "write --out=runs/sweeps/NAME")
+            Problem("--out", flags["out"], "must be a local folder (mount a bucket)", "write --out=runs/sweeps/NAME")
         )
     if args.workdir:
         problems.append(Problem("--workdir", args.workdir, "each point has its own", "write --out=runs/sweeps/NAME"))
@@ -92,9 +93,10 @@ def check(args: overrides.Args) -> None:
 
 
 def planned_points(args: overrides.Args) -> "list[Point]":
-    """Returns every point of a sweep or, for a search, all combinations of its choices and of the ends of its ranges.
+    """Returns every point of a sweep. A search has too many points, so returns only those that combine its choices and
+    the lowest and highest values of its ranges.
 
-    Raises ConfigError with the problems of all points, or UserError.
+    Raises UserError, or ConfigError with the problems of all points.
     """
     if args.flags["search"]:
         ranges = sweeps.space(args.config, args.arg)
@@ -118,8 +120,8 @@ def planned_points(args: overrides.Args) -> "list[Point]":
 
 
 def maker(args: overrides.Args) -> "Callable[[dict[str, Leaf]], Point]":
-    """Returns a function that makes a checked Point from the values of its keys, and raises ConfigError for wrong
-    values."""
+    """Returns a function that takes {config key: value}, checks the values, and makes a Point of them. It raises
+    ConfigError for invalid values."""
     from model.io import saved
     from tools.sweep.run import Point
     from train.keep import runs
@@ -148,12 +150,12 @@ def maker(args: overrides.Args) -> "Callable[[dict[str, Leaf]], Point]":
 
 
 def text(value: Leaf) -> str:
-    """Formats a value as it is written on a command line."""
+    """Formats a value for the command line."""
     return "none" if value is None else value if isinstance(value, str) else repr(value)
 
 
 def label(values: dict[str, Leaf]) -> str:
-    """Formats the values of a point as a short text, with four digits per number."""
+    """Formats the values of a point as a short text, with four digits for floats."""
     return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={text(v)}" for k, v in values.items())
 
 
@@ -185,7 +187,8 @@ def price(points: "list[Point]", trials: int) -> None:
 
 
 def costs(name: str, flops: float) -> tuple[str, str]:
-    """Returns the ranges of chip-hours and dollars for training FLOPs on a chip, or n/a if config.chip is not set."""
+    """Returns the ranges of the chip-hours and the dollars that training FLOPs take on a chip. Returns n/a for both if
+    config.chip is not set."""
     chip = chips.find(name)
     if not chip:
         return numbers.NA, numbers.NA
@@ -220,8 +223,8 @@ def work(args: overrides.Args, points: "list[Point]", out: Path) -> int:
 
 @contextlib.contextmanager
 def screen(out: Path, metric: str, total: int) -> Iterator[Callable[[], None]]:
-    """Yields a function that shows the points of OUT, as a live table in a terminal and otherwise as a line per change
-    of state."""
+    """Yields a function that shows the states of the points in OUT. In a terminal, it updates a live table. Otherwise,
+    it prints a line whenever the state of a point has changed."""
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
@@ -236,7 +239,7 @@ def screen(out: Path, metric: str, total: int) -> Iterator[Callable[[], None]]:
         rows = sweep_page.results(out, metric)
         done = f"{sum(r.state in runs.ENDED for r in rows)} of {total} ended"
         table = Table("point", "sets", "state", "step", metric, title=done, title_justify="left")
-        for r in sorted(rows, key=lambda r: r.state != runs.RUNNING):  # running points come first on small screens
+        for r in sorted(rows, key=lambda r: r.state != runs.RUNNING):  # a small screen shows only the first points
             line = (r.id, label(r.values), r.state, f"{r.step:,}", sweep_page.number(r.value))
             table.add_row(*map(Text, line))
             if not live and known.get(r.id, runs.WAITING) != r.state:

@@ -12,16 +12,16 @@ from tools.sweep.run import Point, alone, declare
 LINES = {
     "lines": "{command}",
     "gcloud": 'gcloud compute tpus tpu-vm ssh "${{TPU:?}}" --zone "${{ZONE:?}}" --worker all '
-    '--command "cd ${{FOLDER:?where the repository is there}} && "{quoted}',
+    '--command "cd ${{FOLDER:?folder of the repository on the TPU machine}} && "{quoted}',
     "xpk": 'xpk workload create --cluster "${{CLUSTER:?}}" --tpu-type "${{TPU_TYPE:?like v6e-8}}" --docker-image '
-    '"${{IMAGE:?its work folder is the repository}}" --restart-on-exit-codes 75 --max-restarts 100 '
+    '"${{IMAGE:?an image with the repository as working directory}}" --restart-on-exit-codes 75 --max-restarts 100 '
     "--workload {name} --command {quoted}",
     "skypilot": 'sky jobs launch --yes --detach-run --gpus "${{ACCELERATOR:?like tpu-v6e-8}}" '
     '--env BUCKET="${{BUCKET:?like gs://mine/sweep}}" {task}',
 }
 SCRIPT = '#!/usr/bin/env bash\ncd "$(dirname "$0")"/{root} || exit\n{lines}\n'
 SLURM = """#!/usr/bin/env bash
-# In the repository: sbatch --gres=gpu:1 --time=4:00:00 OUT/emit/sweep.sbatch
+# Run this in the repository: sbatch --gres=gpu:1 --time=4:00:00 OUT/emit/sweep.sbatch
 #SBATCH --job-name={name} --array=0-{last} --ntasks=1 --requeue --signal=B:TERM@120 --output={log}
 case "$SLURM_ARRAY_TASK_ID" in
 {cases}
@@ -45,8 +45,8 @@ run: |
 def write(kind: str, points: list[Point], out: Path) -> list[Path]:
     """Writes the files of OUT/emit/ for "skypilot", "xpk", "slurm", "gcloud" or "lines", and returns their paths.
 
-    The run folders are the same as in a local sweep, so the cluster and the machine that collects the results must both
-    be able to reach OUT.
+    The run folders are the same as in a local sweep, so the cluster and the machine that collects the results must
+    share OUT.
     """
     folder, made, lines = out / "emit", {}, []
     sweep = "".join(c if c.isalnum() else "-" for c in out.name.lower()).strip("-")[:24] or "sweep"
@@ -57,7 +57,7 @@ def write(kind: str, points: list[Point], out: Path) -> list[Path]:
         command = shlex.join(["python", "-m", "train.main", *point.argv, f"--workdir={out / point.id}"])
         name, task = f"{sweep}-{point.id}", folder / f"{point.id}.yaml"
         if kind == "skypilot":
-            mount = json.dumps(str(Path("~/sky_workdir") / out))  # Path keeps an absolute OUT unchanged
+            mount = json.dumps(str(Path("~/sky_workdir") / out))  # if OUT is absolute, this is OUT
             made[task] = SKYPILOT.format(name=name, mount=mount, command=command)
         if kind == "slurm":
             lines.append(f"{i}) exec {command} ;;")

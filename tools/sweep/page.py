@@ -1,4 +1,4 @@
-"""Reads the results of a sweep from its run folders, and writes results.csv and one page without scripts."""
+"""Reads the results of a sweep from its run folders, and writes results.csv and a page without scripts."""
 
 import csv
 import io
@@ -18,17 +18,17 @@ from tools.sweep import run as runs
 
 
 class Result(NamedTuple):
-    """A point as read from its folder. `value` is the last value of the metric, and is final if the state is done."""
+    """The results in a point's folder. `value` is the last value of the metric. It is final if the state is done."""
 
     id: str
     values: dict[str, Leaf]
     state: str
     step: int
     value: float | None
-    time: float  # when the last line of metrics was written
-    method: str  # tools.report.data.method
+    time: float  # when the last line of metrics.jsonl was written
+    method: str  # see tools.report.data.method
     rank: int | None
-    trained: int | None  # parameters
+    trained: int | None  # number of trained parameters
     forgetting: float | None  # rise of eval/text_nll since the start, in nats per token
     stored: int | None = None  # bytes of the trained parameters in a checkpoint
     peak: int | None = None  # peak host memory in bytes
@@ -48,8 +48,8 @@ class Result(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Finished points that differ only in their seed. `low` and `high` are the ends of the 95 % interval of the
-    mean."""
+    """Finished points that differ only in their seed. `low` and `high` are the ends of the 95 % confidence interval of
+    the mean."""
 
     values: dict[str, Leaf]
     mean: float
@@ -80,7 +80,7 @@ def results(out: Path, metric: str) -> list[Result]:
 
 
 def groups(rows: list[Result], maximize: bool) -> list[Group]:
-    """Groups the finished points by their setting, the best setting first."""
+    """Groups the finished points by setting (all values except the seed). The best setting comes first."""
     found: dict[str, list[Result]] = {}
     for r in rows:
         if r.final:
@@ -102,7 +102,7 @@ def write(out: Path, metric: str, maximize: bool) -> Path:
     """Writes OUT/index.html, OUT/results.csv and a page for each point that has started. Raises UserError."""
     rows = results(out, metric)
     if not rows:
-        raise UserError("the folder has no points", str(out), "name the --out of a sweep")
+        raise UserError("the folder has no points", str(out), "give the --out folder of a sweep")
     if any(r.state == runs.DONE for r in rows) and not any(r.value is not None for r in rows):
         lines = [line for r in rows for line in runs.read(out / r.id) if line["kind"] in ("train", "eval")]
         known = sorted({f"{line['kind']}/{key}" for line in lines for key in line if isinstance(line[key], float)})
@@ -154,7 +154,7 @@ def sentences(ranked: list[Group], keys: list[str], metric: str, maximize: bool)
         return [f"No point with a finite {metric} has finished yet."]
     best, *others = ranked
     name = lambda g: ", ".join(f"{key} {shown(g.values.get(key))}" for key in keys) or "the only setting"
-    out = [f"The {'highest' if maximize else 'lowest'} {metric} has {name(best)}: {best}."]
+    out = [f"The setting with the {'highest' if maximize else 'lowest'} {metric} is {name(best)}: {best}."]
     if others and best.n > 1 and others[0].n > 1:
         apart = best.low > others[0].high if maximize else best.high < others[0].low
         out.append(f"The next is {name(others[0])}: {others[0]}; the intervals {'do not ' if apart else ''}overlap.")
@@ -168,7 +168,7 @@ def shown(value: Leaf) -> str:
 
 
 def parallel(ranked: list[Group], pruned: list[Group], metric: str) -> str:
-    """Draws parallel coordinates, with one axis per varying key and one axis for the metric. The best setting is
+    """Draws a parallel coordinates chart with one axis per varying key and one for the metric. The best setting is
     highlighted."""
     keys, paths = varying(ranked + pruned), []
     for i, g in enumerate(ranked + pruned):
@@ -177,14 +177,14 @@ def parallel(ranked: list[Group], pruned: list[Group], metric: str) -> str:
             look, opacity = "line heldout c5", 0.5
         title = f"{', '.join(f'{k} {shown(v)}' for k, v in g.values.items())}: {g}"
         paths.append(svg.Path([*map(g.values.get, keys), g.mean], title, look, opacity))
-    caption = "one line per finished setting, mean over seeds; the best is highlighted"
+    caption = "each line is a finished setting (mean over seeds); the best is highlighted"
     if pruned:
-        caption += "; dashed: stopped early, last value"
+        caption += "; dashed: stopped early (last value)"
     return svg.parallel([*(key.rpartition(".")[2] for key in keys), metric], paths, caption, shown)
 
 
 def of_each_kind(rows: list[Result], ranked: list[Group]) -> list[tuple[Group, list[Result]]]:
-    """Returns (best setting, points with this setting) for each method and size, the best result first."""
+    """Returns (best setting, points with this setting) for each method and size, starting with the best result."""
     best: dict[tuple, tuple[Group, list[Result]]] = {}
     for g in ranked:
         same = [r for r in rows if r.final and r.setting == g.values]
@@ -193,20 +193,20 @@ def of_each_kind(rows: list[Result], ranked: list[Group]) -> list[tuple[Group, l
 
 
 def average(points: list[Result], field: str) -> float | None:
-    """Returns the mean of a field over points, or None if a point does not have the field."""
+    """Returns the mean of a field over points, or None if it is unknown for any of them."""
     values = [getattr(r, field) for r in points]
     return None if None in values else sum(values) / len(values)
 
 
 def over_seeds(g: Group, strong: bool = False) -> Cell:
-    """Makes a cell with the mean of a group and, below it, the number of seeds and the interval."""
+    """Makes a cell with the mean of a group. Below it are the number of seeds and the interval."""
     head, _, tail = str(g).partition(" (")
     return Cell(head, tail.rstrip(")").replace("95 % interval ", ""), strong)
 
 
 def methods(rows: list[Result], ranked: list[Group], metric: str) -> Table:
-    """Makes a table of the result and cost of each method and size at its best setting. The table has no rows if there
-    is only one method and size."""
+    """Makes a table of the result and cost of each method and size, at its best setting. The table has no rows if all
+    points have the same method and size."""
     best = of_each_kind(rows, ranked)
     keys = [key for key in varying([g for g, _ in best]) if key not in ("peft.name", "peft.rank")]
     heads = [("", ""), (metric, "mean over seeds"), ("forgetting", "nats per token"), ("trained", "parameters")]
@@ -223,10 +223,10 @@ def methods(rows: list[Result], ranked: list[Group], metric: str) -> Table:
 
 
 def sizes(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
-    """Draws the metric and the forgetting against the rank and against the number of trained parameters, if a method
+    """Draws the metric and the forgetting against the rank and against the number of trained parameters, if any method
     has several sizes.
 
-    A chart has one line per method, and each point is the mean over seeds of the best setting of that size.
+    A chart has one line per method. Each point on it is the mean over seeds at the best setting of that size.
     """
     best = [(same[0], g.mean, average(same, "forgetting")) for g, same in of_each_kind(rows, ranked)]
     charts = []
@@ -243,7 +243,8 @@ def sizes(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
 
 
 def _best(rows: list[Result], metric: str, maximize: bool) -> str:
-    """Draws the best final value so far against the steps spent, including the steps of pruned and failed points."""
+    """Draws the best final value so far against the optimizer steps spent so far, including those of pruned and failed
+    points."""
     spent, each, best = 0, [], []
     for r in sorted((r for r in rows if r.state in runs.ENDED), key=lambda r: r.time):
         spent += r.step
@@ -256,8 +257,8 @@ def _best(rows: list[Result], metric: str, maximize: bool) -> str:
 
 
 def _points(rows: list[Result], ranked: list[Group], metric: str, used: dict[str, Gas]) -> Table:
-    """Makes a table of all points, from the best setting to the worst, with the seeds of a setting together. Points
-    without a final value come last."""
+    """Makes a table of all points. They are sorted from the best setting to the worst, and points without a final value
+    come last."""
     keys, places = varying(rows), {repr(g.values): i for i, g in enumerate(ranked)}
     heads = [("point", ""), (metric, "last"), ("over seeds", "mean"), *((key, "") for key in keys), ("state", "")]
     heads += [("steps", ""), ("FLOPs", "of training"), ("chip-hours", "launch to end"), ("$", "on demand"), ("", "")]

@@ -1,6 +1,7 @@
-"""Manages the points of a sweep, whose run folders are OUT/ID: their states and the processes that run them.
+"""Manages the points of a sweep: their run folders OUT/ID, their states and the processes that run them.
 
-A launcher locks OUT/ID/CLAIM, and its child process inherits the lock, which the kernel releases when both have ended.
+A launcher is a process of tools.sweep. Before it starts the run of a point, it locks OUT/ID/CLAIM. The run's process
+inherits the lock, and the kernel releases the lock when both processes have ended.
 """
 
 import contextlib
@@ -24,8 +25,8 @@ _parsed: dict[Path, tuple[tuple, list[dict]]] = {}
 
 
 class Point(NamedTuple):
-    """One run of a sweep. `values` has the keys that the sweep sets, and `argv` the arguments of train.main except
-    --workdir."""
+    """One run of a sweep. `values` are the config values that the sweep sets. `argv` are the arguments of train.main
+    except --workdir."""
 
     id: str
     values: dict[str, Leaf]
@@ -41,8 +42,8 @@ class Child(NamedTuple):
 
 
 class Listed:
-    """A queue with a list of points, in contrast to the queue of a search in tools.sweep.search. `retry`: whether
-    failed points are run again."""
+    """The queue of a sweep, which has a list of points. A search has the queue of tools.sweep.search instead. If
+    `retry` is true, failed points are run again."""
 
     def __init__(self, points: list[Point], out: Path, retry: bool):
         self.points, self.out = {p.id: p for p in points}, out
@@ -74,15 +75,15 @@ class Listed:
 
 
 def finish(child: Child, folder: Path, hopeless: bool) -> None:
-    """Records whether a run failed or was stopped early, and releases the claim on its point. A full disk raises
-    UserError and is not recorded as a failure, so the same command later resumes the run."""
+    """Records whether a run failed or was stopped early, and releases the claim on its point. If the disk was full,
+    raises UserError instead of recording a failure, so the same command can resume the run later."""
     code, ended = child.process.returncode, {}
     with os.fdopen(child.claim):
         if outcome(folder, child.point.config.steps) == DONE:
             return
         if hopeless:
             ended = {"state": PRUNED}
-        elif code not in (exits.PREEMPTED, -signal.SIGTERM):  # SIGTERM may arrive before the run can save
+        elif code not in (exits.PREEMPTED, -signal.SIGTERM):  # SIGTERM may arrive before the run handles it
             events = [line["event"] for line in read(folder) if line.get("exit_code") == code]
             said = "".join((events or jobs.tail(folder / "log.txt", 1))[-1:])
             if code == exits.INPUT and any(os.strerror(number) in said for number in files.FULL):
@@ -94,7 +95,7 @@ def finish(child: Child, folder: Path, hopeless: bool) -> None:
 
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Holds a lock that only one launcher can hold at a time."""
+    """Holds the sweep's lock, which only one launcher at a time can hold."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "SWEEP", "a", opener=files.not_followed) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -102,16 +103,15 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def declare(point: Point, out: Path, index: int) -> None:
-    """Creates the point's folder, from which the results are collected. Call this function while holding the lock
-    `alone`."""
+    """Creates the point's folder, from which the results are collected. Callers must hold the lock of `alone`."""
     (out / point.id).mkdir(parents=True, exist_ok=True)
     if not (out / point.id / "point.json").exists():
         files.write_json(out / point.id / "point.json", {"values": point.values, "index": index})
 
 
 def start(point: Point, out: Path, states: tuple[str, ...], trial: Any = None) -> Child | None:
-    """Starts a process that runs the point. Returns None if another process has the point or if its state is not in
-    `states`."""
+    """Starts a process that runs the point. Returns None if another process is running or has claimed the point, or if
+    the point's state is not in `states`."""
     folder = out / point.id
     if held(folder):
         return None
@@ -126,7 +126,7 @@ def start(point: Point, out: Path, states: tuple[str, ...], trial: Any = None) -
 
 
 def held(folder: Path) -> bool:
-    """Whether a launcher has claimed the point, or a process runs the point without a launcher."""
+    """Whether a launcher has claimed the point, or the point is being run without a launcher."""
     for name in ("CLAIM", "LOCK"):
         with contextlib.suppress(FileNotFoundError), (folder / name).open() as file:
             try:
@@ -141,8 +141,8 @@ def state(folder: Path, steps: int) -> str:
 
 
 def outcome(folder: Path, steps: int) -> str:
-    """Returns the state of a run according to its files. A run is STOPPED if it was killed or if its `steps` were
-    raised."""
+    """Returns the state of a run according to its files. A run is STOPPED if it was interrupted, or if it is done but
+    `steps` has been raised since."""
     lines, ended = read(folder), files.read_json(folder / "ended.json")
     if any(line.get("event") == "done" and line["step"] >= steps for line in lines):
         return DONE
@@ -165,6 +165,6 @@ def read(folder: Path) -> list[dict]:
 
 
 def curve(folder: Path, metric: str) -> list[tuple[int, float | None]]:
-    """Returns (step, value) of a metric "KIND/NAME", such as "eval/nll". A value that was not finite is None."""
+    """Returns [(step, value)] of a metric "KIND/NAME", such as "eval/nll". Values that were not finite are None."""
     kind, _, name = metric.partition("/")
     return [(line["step"], line[name]) for line in read(folder) if line["kind"] == kind and name in line]

@@ -1,6 +1,7 @@
-"""Searches the ranges of a config with Optuna. Any number of launchers can share the study in OUT/study.journal.
+"""Searches the ranges of a config with Optuna. Any number of tools.sweep processes can share the study in
+OUT/study.journal.
 
-If a launcher is killed, another launcher takes over its trial, and the run of the trial resumes from its checkpoint.
+If one of these processes is killed, another takes over its trial, whose run resumes from its checkpoint.
 """
 
 import warnings
@@ -19,7 +20,7 @@ try:
 except ImportError as e:
     raise UserError("the package optuna is not installed", "--search", "pip install -r requirements/search.txt") from e
 
-ETA = 3  # factor of successive halving: after each rung, a fraction 1 / ETA of the trials continues
+ETA = 3  # reduction factor of successive halving: at each rung, 1 / ETA of the trials continue
 
 
 class Search:
@@ -38,9 +39,9 @@ class Search:
         if config.eval_every:
             pruner = optuna.pruners.SuccessiveHalvingPruner(config.eval_every, reduction_factor=ETA)
         else:
-            print("no trial is stopped early, since eval_every is 0")
+            print("no trial is stopped early, because eval_every is 0")
         direction = "maximize" if flags["maximize"] else "minimize"
-        name = f"{direction} {self.metric} over {sorted(space.items())}"  # other settings make another study
+        name = f"{direction} {self.metric} over {sorted(space.items())}"  # searches with other ranges get another study
         with runs.alone(out):
             backend = optuna.storages.journal.JournalFileBackend(str(out / "study.journal"))
             storage = optuna.storages.JournalStorage(backend)
@@ -48,7 +49,7 @@ class Search:
             self.study = optuna.create_study(**known, direction=direction, pruner=pruner)
 
     def take(self) -> Child | None:
-        with runs.alone(self.out):  # the lock keeps the number of trials exact and all draws different
+        with runs.alone(self.out):  # without the lock, processes could draw too many trials or the same values
             for frozen in self._running():
                 if child := self._start(optuna.trial.Trial(self.study, frozen._trial_id)):
                     return child
@@ -62,8 +63,7 @@ class Search:
         return self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING])
 
     def _start(self, trial: Any) -> Child | None:
-        """Starts a trial. An invalid trial, or a trial of a point that has already ended, is reported to Optuna at
-        once."""
+        """Starts a trial. If it is invalid, or if its point has already ended, reports this to Optuna instead."""
         try:
             if trial.params.keys() != self.space.keys():
                 raise UserError("the trial was only partly sampled")
@@ -83,8 +83,8 @@ class Search:
         return bool(self._running()) or len(self.study.get_trials(deepcopy=False)) < self.trials
 
     def hopeless(self, child: Child) -> bool:
-        """Whether to stop the run early. The new values of the metric are reported step by step, so that Optuna judges
-        the trial at each rung."""
+        """Whether to stop the run early. Reports the metric's new values to Optuna one by one, because Optuna
+        decides at each rung."""
         return self._report(child.trial, child.point)
 
     def close(self, child: Child, hopeless: bool) -> None:
@@ -100,8 +100,8 @@ class Search:
         return False
 
     def _tell(self, trial: Any, point: Point, state: str) -> None:
-        """Reports the end of a trial to Optuna. A run that diverged or crossed a floor counts as pruned, and a crashed
-        run does not count."""
+        """Reports the end of a trial to Optuna. A run that diverged or fell below a floor is reported as pruned. A run
+        that crashed is reported as failed, so Optuna ignores it."""
         states = optuna.trial.TrialState
         self._report(trial, point)
         values = runs.curve(self.out / point.id, self.metric)
