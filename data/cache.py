@@ -1,11 +1,11 @@
 """Stores tokenized documents on disk, as flat arrays that are memory-mapped for reading. The name of a cache folder is
-a fingerprint of everything on which the tokens depend.
+a fingerprint of everything that the tokens depend on.
 
 A cache folder contains the following files. tokens.bin: the tokens of all documents (uint16 or uint32). mask.bin: one
-bit per token, which is set if the next token counts in the loss. offsets.bin: the index in tokens.bin of the first
-token of each document, and the end (int64). hashes.bin: one uint64 per document. index.json: the sizes and sha256 of
-these files, and the report on the source. If documents have numeric columns, columns.bin: float64 [documents, columns].
-If documents have tags, tags.bin: one tag per token (int16).
+bit per token, which is set if the next token counts in the loss. offsets.bin: for each document, the index of its first
+token in tokens.bin, followed by the total number of tokens (int64). hashes.bin: one uint64 per document. index.json:
+the sizes and sha256 of these files, and a report on how the source was read. If documents have numeric columns,
+columns.bin: float64 [documents, columns]. If documents have tags, tags.bin: one tag per token (int16).
 """
 
 import contextlib
@@ -36,16 +36,16 @@ class Document(NamedTuple):
     ids: list[int]
     learnt: list[int] | None  # 1 for each token that counts in the loss, else 0; None if all tokens count
     hash: int  # hash that decides whether the document is held out
-    columns: Mapping[str, float] = MappingProxyType({})  # {name: number}, with the same names in all documents
+    columns: Mapping[str, float] = MappingProxyType({})  # {name: number}; all documents have the same names
     tags: list[int] | None = None  # one class number per token (int16), or -1 for a token without a tag
 
 
 def write(folder: Path, documents: Iterable[Document], index: dict, vocab_size: int, check: Callable) -> None:
-    """Writes a cache under a temporary name and renames it to `folder`, so that the cache appears complete or not at
-    all.
+    """Writes a cache under a temporary name and then renames it to `folder`, so a reader never sees an incomplete
+    cache.
 
-    The iterator `documents` may fill `index` while it runs. `check()` is called after the last document, and may raise
-    an error to prevent the cache from being written.
+    The iterator `documents` may add entries to `index` while it runs. `check()` is called after the last document; if
+    it raises an error, no cache is written.
     """
     with contextlib.suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def write(folder: Path, documents: Iterable[Document], index: dict, vocab_size: 
 
 
 def _write_arrays(work: Path, documents: Iterable[Document], dtype: str) -> dict:
-    """Writes the arrays of a cache, and returns the entries of the cache's index that describe these arrays."""
+    """Writes the arrays of a cache. Returns the index entries that describe these arrays."""
     ends, hashes, columns, bits, names = [0], [], [], np.zeros(0, np.uint8), ()
     with (
         open(work / "tokens.bin", "wb") as tokens,
@@ -76,7 +76,7 @@ def _write_arrays(work: Path, documents: Iterable[Document], dtype: str) -> dict
         for document in documents:
             tokens.write(np.asarray(document.ids, dtype).tobytes())
             learnt = np.ones(len(document.ids)) if document.learnt is None else document.learnt
-            bits = np.concatenate([bits, learnt[1:], [0]]).astype(np.uint8)  # a document's last token predicts nothing
+            bits = np.concatenate([bits, learnt[1:], [0]]).astype(np.uint8)  # the last token has no target
             whole = len(bits) // 8 * 8
             masks.write(np.packbits(bits[:whole]).tobytes())
             bits = bits[whole:]
@@ -86,7 +86,7 @@ def _write_arrays(work: Path, documents: Iterable[Document], dtype: str) -> dict
             columns.append(tuple(document.columns.values()))
             tags.write(np.asarray(document.tags or (), np.int16).tobytes())
         masks.write(np.packbits(bits).tobytes())
-    (work / "offsets.bin").write_bytes(np.asarray(ends, np.int64))  # ndarray.tofile would not report the error's cause
+    (work / "offsets.bin").write_bytes(np.asarray(ends, np.int64))  # unlike this, tofile hides why a write failed
     (work / "hashes.bin").write_bytes(np.asarray(hashes, np.uint64))
     if not (work / "tags.bin").stat().st_size:
         (work / "tags.bin").unlink()
@@ -101,12 +101,12 @@ class Stored(NamedTuple):
     offsets: np.ndarray  # int64 [documents + 1]
     hashes: np.ndarray  # uint64 [documents]
     index: dict
-    columns: np.ndarray | None = None  # float64 [documents, columns]; index["columns"] has the columns' names
+    columns: np.ndarray | None = None  # float64 [documents, columns]; index["columns"] has the names of the columns
     tags: np.ndarray | None = None  # int16 [N]; -1: no tag
 
     def mask(self, slots: np.ndarray) -> np.ndarray:
-        """For each token position in `slots`, 1.0 if the next token counts in the loss, else 0.0. The returned array is
-        float32, and has the shape of `slots`."""
+        """Returns, for each token position in `slots`, 1.0 if the next token counts in the loss, else 0.0. The array is
+        float32 and has the shape of `slots`."""
         return ((self.bits[slots >> 3] >> (7 - (slots & 7)).astype(np.uint8)) & 1).astype(np.float32)
 
 
@@ -138,7 +138,7 @@ def read(folder: Path, check_hashes: bool = False) -> Stored:
         raise Broken(f"not a token cache ({error})", str(folder), "delete it; it will be rebuilt") from None
     stored = Stored(*arrays, index, columns, tags)
     if len(stored.offsets) != index["sequences"] + 1 or stored.offsets[-1] != len(stored.tokens):
-        raise Broken("the offsets do not fit the tokens", str(folder), "delete it; it will be rebuilt")
+        raise Broken("the offsets do not match the tokens", str(folder), "delete it; it will be rebuilt")
     return stored
 
 

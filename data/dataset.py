@@ -1,5 +1,5 @@
 """Tokenizes one data source: its records become examples, and its examples become documents of token ids. A report
-counts everything that was left out."""
+counts what was left out."""
 
 import contextlib
 import hashlib
@@ -23,10 +23,10 @@ from data.text.chat import Asked
 from data.text.template import TemplateLimit
 from data.text.tokenizer import Tokenizer
 
-# The keys of a dataset's report. A cache whose report lacks one of these keys is rebuilt, with the same documents.
+# The keys of a dataset's report. A cache whose report lacks one of these keys is rebuilt; its documents stay the same.
 REPORT = {"documents", "tokens", "learnt", "bad", "causes", "wrapped", "spelled", "answers", "ended", "unused", "notes"}
 REPORT |= {"masks"}  # version of the rules that determine where answers end
-VERSION = 1  # increased when a code change gives different documents for the same input
+VERSION = 1  # increased when a code change yields different documents for the same input
 CAUSES = 100  # maximum number of reasons for bad rows that are counted separately
 SHOWN = 5  # maximum number of reasons for bad rows that a message lists
 
@@ -45,8 +45,8 @@ class Dataset:
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """The names of the documents of each example: one name for texts and completions, two names for pairs, and K
-        names for groups of K answers."""
+        """The names of the documents that make up each example: one name for texts and completions, two for pairs, and
+        K for groups of K answers."""
         return tuple(self.stored.index["sides"])
 
     @property
@@ -61,10 +61,10 @@ class Dataset:
     @property
     def report(self) -> dict:
         """Counts of what was read: documents, tokens, `learnt` (tokens in the loss), bad rows, `wrapped` (prompts that
-        were put into the chat template), `spelled` (rows whose text contains the spelling of control tokens), answers,
-        and `ended` (answers that end with an end token). The report also has causes {reason: (number of bad rows, the
-        first of these rows)}, unused {column: number of rows that have it}, notes {remark: number of rows}, and
-        `system` (up to two different system prompts with which chats begin)."""
+        were put into the chat template), `spelled` (rows whose text contains the name of a control token), answers, and
+        `ended` (answers that end with an end token). The report also has `causes` {reason: (number of bad rows, the
+        first of these rows)}, `unused` {column: number of rows that have it}, `notes` {remark: number of rows}, and
+        `system` (the first two different system prompts found, where "" means no system prompt)."""
         return self.stored.index["report"]
 
     @cached_property
@@ -72,7 +72,7 @@ class Dataset:
         return np.diff(self.stored.offsets)
 
     def __len__(self) -> int:
-        """The number of examples. The answers of a pair or a group count as one example."""
+        """The number of examples. A pair counts as one example, and so does a group of answers."""
         return len(self.stored.hashes) // len(self.sides)
 
     def split(self, holdout: float) -> tuple[np.ndarray, np.ndarray]:
@@ -100,20 +100,21 @@ def prepare(
     max_bad: float = 0.001,
     learn: str = "all",
 ) -> Dataset:
-    """Reads a tokenized source from its cache in `folder`, or else tokenizes and caches the source.
+    """Returns a tokenized source. If `folder` has a cache for the source, reads the cache; otherwise tokenizes the
+    source and writes the cache.
 
-    Prompts with completions become chats if the tokenizer has a chat template. `learn` determines which answers of a
-    chat count in the loss: "all" or the "last". Raises UserError if the fraction of bad records is larger than
-    `max_bad`, or if no record is left.
+    If the tokenizer has a chat template, prompts with completions are converted to chats. `learn` determines which
+    answers of a chat count in the loss: "all" or only the "last". Raises UserError if the fraction of bad records is
+    larger than `max_bad`, or if no record is left.
     """
     if missed := sources.passed_over(source):
-        warn("%s: passed over, not read: %s", source, ", ".join(missed))
+        warn("%s: skipped these files: %s", source, ", ".join(missed))
     parts = [VERSION, sources.content_id(source), tokenizer.fingerprint, form, formats.parse_fields(fields)]
     wraps = tokenizer.chat_template is not None and _first_part(source, form, fields, Completion)
     parts += ["wrapped"] * wraps + [learn] * (learn != "all")
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     path = Path(folder).expanduser() / fingerprint[:24]
-    files.clean(path.parent)  # deletes unfinished caches of killed processes, even if this cache is complete
+    files.clean(path.parent)  # deletes unfinished caches that killed processes left behind
     if path.exists():
         try:
             found = Dataset(cache.read(path), path)
@@ -138,7 +139,7 @@ def prepare(
     }
     documents = _documents(source, tokenizer, form, formats.parse_fields(fields), Asked(learn), index)
     cache.write(path, documents, index, tokenizer.vocab_size, lambda: _check(index["report"], source, max_bad))
-    print(f"{source}: its tokens are kept in {path}", file=sys.stderr)
+    print(f"{source}: the tokens are cached in {path}", file=sys.stderr)
     return Dataset(cache.read(path), path)
 
 
@@ -152,23 +153,24 @@ def _check(report: dict, source: str, max_bad: float) -> None:
 
 
 def causes(found: dict[str, tuple[int, str]]) -> list[str]:
-    """One line for each of the most frequent reasons for bad rows, with the number of bad rows and the first such
-    row."""
+    """Returns one line for each of the most frequent reasons why rows are bad. The line has the reason, the number of
+    rows and the first of these rows."""
     ordered = sorted(found.items(), key=lambda item: -item[1][0])
     lines = [f"{reason} ({n:,} row{'s' * (n > 1)}, first: {first})" for reason, (n, first) in ordered[:SHOWN]]
     return [*lines, f"and {len(ordered) - SHOWN} more reasons"] if len(ordered) > SHOWN else lines
 
 
 def notes(report: dict, tokenizer: Tokenizer) -> list[str]:
-    """Remarks on how the records were processed, which a user should read before training."""
+    """Remarks on how the records were processed. A user should read them before training."""
     lines = [f"{count:,} {what}" for what, count in report["notes"].items()]
     if report["wrapped"]:
         lines.append(
-            f"{report['wrapped']:,} prompts are wrapped in the chat template (data.chat_template=none: left raw)"
+            f"{report['wrapped']:,} prompts are wrapped in the chat template (data.chat_template=none leaves them raw)"
         )
     if report["spelled"]:
-        fix = "data.read_control=True reads them as such"
-        lines.append(f"{report['spelled']:,} rows spell control tokens, which are read as plain text ({fix})")
+        fix = "data.read_control=True reads them as control tokens"
+        what = "rows contain names of control tokens, which are read as plain text"
+        lines.append(f"{report['spelled']:,} {what} ({fix})")
     if report["answers"] and not report["ended"]:
         ends = ", ".join(repr(tokenizer.core.id_to_token(i)) for i in tokenizer.eos_ids) or "none is known"
         lines.append(f"no answer ends with a token that ends generation ({ends}): the model will not learn to stop")
@@ -210,7 +212,8 @@ def _examples(source: str, form: str, fields: str) -> Iterator[Example]:
 def _documents(
     source: str, tokenizer: Tokenizer, form: str, fields: dict, asked: Asked, index: dict
 ) -> Iterator[Document]:
-    """Yields the documents of a source, and meanwhile fills the entries kind, sides and report of `index`."""
+    """Yields the documents of a source, and updates the entries "kind", "sides" and "report" of `index` along the
+    way."""
     report, rows = index["report"], sources.rows(source)
     report["unused"], report["notes"] = asked.unused, asked.notes
     while block := list(islice(rows, 256)):
@@ -228,7 +231,7 @@ def _documents(
                 documents = found.documents(tokenizer, ids, asked)
                 if not all(map(_learnt, documents)):
                     raise UserError("no token counts in the loss")
-            except TemplateLimit:  # rendering each further row would hit the same limit
+            except TemplateLimit:  # all following rows would hit the same limit
                 raise
             except Exception as error:
                 _bad(report, row.where, _reason(error))
@@ -286,6 +289,6 @@ def _bad(report: dict, where: str, reason: str) -> None:
 
 
 def _learnt(document: Document) -> int:
-    """The number of tokens that count in the loss. The first token of a document never counts, since nothing predicts
-    it."""
+    """The number of tokens that count in the loss. The first token of a document never counts, because no token
+    precedes it."""
     return len(document.ids) - 1 if document.learnt is None else sum(document.learnt[1:])

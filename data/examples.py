@@ -14,7 +14,7 @@ from data.text import chat
 from data.text.chat import Asked
 from data.text.tokenizer import Tokenizer
 
-MOST = 1 << 20  # maximum number of tokens of a passage
+MOST = 1 << 20  # maximum number of tokens in a passage
 ADJECTIVES = {"label": "labelled", "rating": "rated"}
 
 
@@ -26,8 +26,8 @@ class Example:
     sides: tuple[str, ...] = (batches.ONE,)
 
     def parts(self) -> tuple["Example", ...]:
-        """The parts of this example, which are examples themselves, such as the two answers of a preference pair. A
-        text, a chat or a completion consists only of itself."""
+        """The examples that this example consists of, such as the two answers of a preference pair. For a text, a chat
+        or a completion, this is only the example itself."""
         return (self,)
 
     def each(self, change: Callable[["Example"], "Example"]) -> "Example":
@@ -35,7 +35,7 @@ class Example:
         return change(self)
 
     def plain(self) -> str:
-        """The text of this example on which a tokenizer is trained."""
+        """The text of this example, for training a tokenizer."""
         raise NotImplementedError
 
     def texts(self) -> list[str]:
@@ -118,7 +118,7 @@ class Chat(Example):
 
 @dataclass(frozen=True)
 class Tagged(Example):
-    """A text of words that each have a tag (a class number), as in named-entity recognition. The first token of each
+    """A sequence of words, each with a tag (a class number), as in named-entity recognition. The first token of each
     word gets the word's tag."""
 
     words: tuple[str, ...]
@@ -146,10 +146,10 @@ class Tagged(Example):
 
 
 class Parts(Example):
-    """An example that consists of other examples. The documents of such an example have numeric columns."""
+    """An example that consists of other examples. Its documents may have numeric columns."""
 
     def columns(self) -> tuple[dict[str, float], ...]:
-        """The numeric columns of the document of each part."""
+        """Returns, for each part, the numeric columns of its document."""
         return ({},) * len(self.sides)
 
     def plain(self) -> str:
@@ -171,7 +171,8 @@ class Pair(Parts):
 
     chosen: Completion | Chat
     rejected: Completion | Chat
-    numbers: tuple[tuple[str, float], ...] = ()  # (column, value) for the margin, and for whether the pair is a tie
+    # (column, value) for each of the columns "margin" and "tie" that the record has.
+    numbers: tuple[tuple[str, float], ...] = ()
     sides: ClassVar[tuple[str, ...]] = batches.KINDS["pair"].sides
 
     @property
@@ -210,8 +211,8 @@ class Match(Parts):
 
 @dataclass(frozen=True)
 class Group(Parts):
-    """Several answers to one prompt, each with a number. `column` says what the numbers are: "rank", where 1 is the
-    best, or "rating"."""
+    """Several answers to one prompt, each with a rank or each with a rating. `column` says which of the two: "rank" (1
+    is the best) or "rating"."""
 
     answers: tuple[Completion | Chat, ...]
     column: str

@@ -1,5 +1,5 @@
-"""Reads the records of one file. The format may be JSON lines, a JSON array, CSV, Arrow, Parquet or text, and the file
-may be compressed with gzip or Zstandard."""
+"""Reads the records of one file. The file format may be JSON lines, a JSON array, CSV, Arrow, Parquet or text, and the
+file may be compressed with gzip or Zstandard."""
 
 import contextlib
 import csv
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 MAX_RECORD = 64 << 20  # bytes
-TEXT_PART = 64 << 10  # maximum characters of a document; a longer text file is cut at empty lines
+TEXT_PART = 64 << 10  # maximum characters of a document; a longer text file is split at empty lines
 CHUNK = 1 << 20  # number of characters of a JSON list that are read at a time
 SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -34,8 +34,8 @@ class Row(NamedTuple):
 
 
 def read(path: Path) -> Iterator[Row]:
-    """Yields the records of a file. An unreadable record gives a Row with a reason. The iteration ends after this Row
-    if nothing behind the record can be read."""
+    """Yields the records of a file. For an unreadable record, yields a Row that states the reason. If nothing after
+    that record can be read, this Row is the last one."""
     last = Row(f"{path}:0", None)
     try:
         for last in READERS[kind(path)](path):
@@ -43,9 +43,9 @@ def read(path: Path) -> Iterator[Row]:
     except UserError:
         raise
     except UnicodeDecodeError:
-        yield Row(str(path), None, f"not UTF-8, behind {last.where}" if last.record else "not UTF-8")
+        yield Row(str(path), None, f"not UTF-8, after {last.where}" if last.record else "not UTF-8")
     except Exception as error:  # libraries raise many types of errors for a damaged file
-        behind = f", behind {last.where}" * (last.record is not None)
+        behind = f", after {last.where}" * (last.record is not None)
         yield Row(str(path), None, f"not readable: {reason(error)}{behind}")
 
 
@@ -57,7 +57,7 @@ def kind(path: Path) -> str:
 
 
 class _Unpacked(io.RawIOBase):
-    """Wraps the stream of a decompressor, which has only the method `read`, as a raw Python stream."""
+    """A raw Python stream that wraps a decompressor's stream, which only has the method `read`."""
 
     def __init__(self, stream: "pyarrow.CompressedInputStream"):
         self.stream = stream
@@ -116,7 +116,7 @@ def _checked(record: object, where: str) -> Row:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """Reads a JSON list of objects, as in many published datasets, or a file with one JSON object per line."""
+    """Reads a .json file: a list of objects, as in many published datasets, or one object per line."""
     with opened(path) as file:
         start = file.read(4096).decode("utf-8-sig", "ignore").lstrip()[:1]
     if start != "[":
@@ -137,12 +137,12 @@ def _entries(text: TextIO) -> Iterator[object]:
             if buffer[start] == "]" and mark == ",":
                 return
             if buffer[start] != mark:
-                raise ValueError(f"{buffer[start : start + 20]!r} where {mark!r} should be")
+                raise ValueError(f"{buffer[start : start + 20]!r} instead of {mark!r}")
             start = SPACE.match(buffer, start + 1).end()
             if buffer[start] == "]" and mark == "[":
                 return
             entry, at = decoder.raw_decode(buffer, start)
-        except (IndexError, ValueError) as error:  # the entry is invalid, or has not been read to its end
+        except (IndexError, ValueError) as error:  # the entry is invalid, or only its beginning has been read
             buffer, at = buffer[at:], 0
             more = text.read(max(CHUNK, len(buffer))) if len(buffer) <= MAX_RECORD else ""
             if not more:
@@ -169,7 +169,7 @@ def _csv(path: Path) -> Iterator[Row]:
             if len(cells) == len(header):
                 yield Row(where, dict(zip(header, cells, strict=True)))
             elif cells:
-                yield Row(where, None, f"{len(cells)} cells where the header has {len(header)}")
+                yield Row(where, None, f"{len(cells)} cells, but the header has {len(header)}")
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -180,7 +180,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _arrow(path: Path) -> Iterator[Row]:
-    """Reads the rows of an Arrow file, which `save_to_disk` of Hugging Face's library `datasets` writes."""
+    """Reads the rows of an Arrow file, as written by `save_to_disk` of Hugging Face's library `datasets`."""
     import pyarrow
 
     def checked(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:

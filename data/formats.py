@@ -26,8 +26,8 @@ FORMATS = {
     "match": "match",
     "ranked": "group",
 }
-# The format "auto" selects the first format whose columns are all present. The format "auto" first tries this project's
-# own column names, which are listed here.
+# The columns of each format, under this project's own names. "auto" selects the first format in this table whose
+# columns are all present in the record. If there is none, it tries PUBLISHED.
 SHAPES = {
     "preference": {"chosen", "rejected"},
     "ranked": {"prompt", "answers"},
@@ -39,7 +39,7 @@ SHAPES = {
     "text": {"text"},
     "tagged": {"tokens", "tags"},
 }
-# Column names of published datasets, which the format "auto" tries next: (format, {name in SHAPES: published name}).
+# The column names that published datasets use: (format, {name in SHAPES: published name}).
 PUBLISHED = (
     ("preference", {"chosen": "chosen_response", "rejected": "rejected_response"}),
     ("preference", {"chosen": "response_j", "rejected": "response_k"}),
@@ -64,14 +64,14 @@ PUBLISHED = (
     ("match", {"query": "anchor", "passage": "positive"}),
     ("match", {"query": "question", "passage": "passage"}),
 )
-# Formats in which each text or chat has a number: {format: possible names of the column that contains the number}.
+# Formats in which each text or chat has a label or a rating: {format: possible names of the column that contains it}.
 SCORED = {"labelled": ("label", "kto_tag"), "rated": ("rating",)}
 # Columns that may hold the prompt of a preference pair.
 PROMPTS = ("prompt", "question", "instruction", "query", "conversations", "messages", "input")
 SYSTEM, GIVEN, TOOLS = ("system", "system_prompt"), ("input", "context"), ("tools", "functions")
 RANKS, RATINGS = ("ranks", "rank"), ("ratings", "rating", "scores", "overall_score", "score")
 ANSWER = ("answer", "response", "content", "text")
-# Columns that describe where a record comes from. Unused columns that are not listed here are counted in the report.
+# Columns that identify or describe a record. The report lists unused columns, except for these.
 IRRELEVANT = {
     "", "unnamed: 0", "__index_level_0__", "id", "idx", "index", "uid", "uuid", "hash", "prompt_id", "conversation_id",
     "message_id", "source", "dataset", "url", "split", "timestamp", "created", "date", "lang", "language", "license",
@@ -97,8 +97,8 @@ def parse_fields(spec: str) -> dict[str, str]:
 
 
 def detect(record: dict, form: str = "auto") -> tuple[str, dict[str, str]]:
-    """Detects the format of a record. Returns the format, and {this project's name of a column: the column's name in
-    the record}."""
+    """Detects the format of a record. Returns the format and the dict {this project's column name: column name in the
+    record}."""
     there = {column for column, value in record.items() if value is not None}
     known = [(name, {column: column for column in columns}) for name, columns in SHAPES.items()]
     for name, columns in (*known, *PUBLISHED):
@@ -106,7 +106,7 @@ def detect(record: dict, form: str = "auto") -> tuple[str, dict[str, str]]:
             return name, columns
     nearest = next((columns for columns in SHAPES.values() if columns <= record.keys()), None)
     if form == "auto" and nearest is None:
-        what = f"no known shape has the columns {', '.join(map(str, record)) or '(none)'}"
+        what = f"no known format has the columns {', '.join(map(str, record)) or '(none)'}"
         columns = [*map(str, record), "COLUMN", "COLUMN"]
         raise UserError(what, "", f"name them: --config.data.fields=prompt={columns[0]},completion={columns[1]}")
     raise UserError(f"no column {min((nearest or SHAPES[form]) - there)!r}")
@@ -223,7 +223,7 @@ def _history(record: Record) -> list[Message]:
 def _preference(record: Record) -> Pair:
     chosen, rejected = _turns(record["chosen"]), _turns(record["rejected"])
     if type(chosen) is not type(rejected):
-        raise UserError("chosen and rejected differ in type")
+        raise UserError("chosen and rejected have different types")
     if chosen == rejected:
         raise UserError("chosen equals rejected")
     column = next((name for name in PROMPTS if holds(dict.get(record, name))), "")
@@ -271,8 +271,8 @@ def _repeats(answer: str, prompt: str) -> bool:
 
 
 def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Separates two answers from the prompt with which both of them begin. The prompt ends between two words, or after
-    the last "Assistant:" of a transcript."""
+    """Splits off the prompt that both answers begin with. The prompt ends between two words, or after the last
+    "Assistant:" of a transcript."""
     size = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     common, marker = chosen[:size], "\n\nAssistant:"
     if marker in common:
@@ -290,13 +290,13 @@ def _common_messages(
     of both answers, or in both places.
 
     If the prompt in the column differs from the beginning of the answers, the beginning of the answers is used as the
-    prompt, as in TRL. A system prompt that occurs only in the column is kept.
+    prompt, as in TRL. A system prompt that only the column contains is kept.
     """
     size = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     inside = chosen[:size]
     if not inside or (prompt and inside[0]["role"] == "assistant"):
         if not prompt:
-            raise UserError("chosen and rejected share no prompt")
+            raise UserError("chosen and rejected do not begin with the same prompt")
         return prompt, chosen, rejected
     system = prompt[:1] if prompt and prompt[0]["role"] == "system" and inside[0]["role"] != "system" else []
     return system + inside, chosen[size:], rejected[size:]
@@ -307,7 +307,7 @@ def _ranked(record: Record) -> Group:
     separate column, or are fields of the answers."""
     answers = parsed(record["answers"])
     if not isinstance(answers, list) or len(answers) < 2:
-        raise UserError("column 'answers' is not a list of two or more")
+        raise UserError("column 'answers' is not a list of two or more answers")
     column, values = "rank", parsed(record.first(RANKS))
     if values is None:
         column, values = "rating", parsed(record.first(RATINGS))
@@ -381,7 +381,7 @@ def _turns(value: object) -> object:
 
 
 def _number(value: object, column: str) -> float:
-    """Converts a number, or the text of a number as in a CSV file, to a float."""
+    """Converts a number, or a string that contains a number (as in a CSV file), to a float."""
     if isinstance(value, str):
         value = {"true": 1, "false": 0}.get(value.strip().lower(), value)
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from common.errors import UserError, warn
 from data.files import Row
 
-# For rows in the alpaca format, {LLaMA-Factory's name of a column: this project's name of the column}.
+# Column names for rows in the alpaca format: {LLaMA-Factory's name: this project's name}.
 OURS = {"query": "input", "response": "output", "prompt": "instruction", "kto_tag": "label"}
 TURNS = {  # {formatting: default names of a turn's fields}, used if an entry does not name the fields
     "sharegpt": {"role_tag": "from", "content_tag": "value"},
@@ -19,8 +19,7 @@ SELECTS = ("split", "subset", "folder", "num_samples")  # options by which LLaMA
 
 
 def mapping(path: Path) -> dict | None:
-    """The entry that describes a file in the dataset_info.json of the file's folder, or None if no entry describes the
-    file."""
+    """The entry for a file in the dataset_info.json of the file's folder, or None if there is no such entry."""
     place = path.parent / "dataset_info.json"
     if not place.is_file():
         return None
@@ -33,9 +32,9 @@ def mapping(path: Path) -> dict | None:
         return None
     name, entry = next(iter(found.items()))
     if any(other != entry for other in found.values()):
-        raise UserError(f"{', '.join(found)} describe {path.name} differently", str(place), "leave one of them")
+        raise UserError(f"{', '.join(found)} describe {path.name} differently", str(place), "keep only one of them")
     if unused := [key for key in SELECTS if entry.get(key) is not None]:
-        _warn(f"{place}: {', '.join(unused)} of {name} is not supported, so it selects no rows: all are read")
+        _warn(f"{place}: {', '.join(unused)} of {name} is not supported and is ignored: all rows are read")
     return entry
 
 

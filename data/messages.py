@@ -12,10 +12,10 @@ ROLES = {
     "assistant": "gpt bing chatgpt bard model ai bot",
     "user": "human prompter",
     "tool": "observation function function_response tool_response tool_result ipython",
-    "call": "function_call tool_call",  # a turn of the assistant whose text is a tool call
+    "call": "function_call tool_call",  # an assistant turn whose text is a tool call
 }
 ROLE = {name: role for role, names in ROLES.items() for name in (role, *names.split())} | {"system": "system"}
-TEXT = ("text", "input_text", "output_text", "refusal")  # types of the parts of a message's content that contain text
+TEXT = ("text", "input_text", "output_text", "refusal")  # types of content parts that contain text
 THOUGHT = ("thinking", "reasoning")
 IDLE = {
     "annotations",
@@ -33,8 +33,8 @@ IDLE = {
 
 
 def messages(value: object, column: str) -> list[Message]:
-    """Reads the turns of a chat from a column, which contains a list of objects or its JSON text. Raises a UserError
-    that names the first invalid turn."""
+    """Reads the turns of a chat from a column, which contains a list of objects or the JSON text of such a list. Raises
+    a UserError that names the first invalid turn."""
     value = parsed(value)
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
@@ -147,7 +147,7 @@ def _calls(value: object, where: str) -> list[dict]:
     for call in found:
         function = call["function"] = parsed(call["function"])
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UserError("a call without the name of a function", where)
+            raise UserError("a tool call without a function name", where)
         call["function"] = {"name": function["name"], "arguments": parsed(function.get("arguments") or {})}
         call.setdefault("type", "function")
     return found

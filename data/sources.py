@@ -1,5 +1,5 @@
-"""Reads records (dicts) from files, Python packages, the Hugging Face hub and generators. The order of the records
-never changes.
+"""Reads records (dicts) from files, Python packages, the Hugging Face hub and generators. The order of the records is
+always the same.
 
 A source is named by one of these: a file, folder or glob of .jsonl .json .csv .tsv .parquet .arrow .txt .md, also
 compressed as .gz or .zst, on disk or at gs://BUCKET/...; "pydocs", "sotu" or "wiki";
@@ -63,7 +63,7 @@ def records(spec: str) -> Iterator[dict]:
 
 
 def rows(spec: str) -> Iterator[Row]:
-    """Yields the records of one source as Rows. An unreadable record gives a Row that states the reason."""
+    """Yields the records of one source as Rows. For an unreadable record, yields a Row that states the reason."""
     kind, _, rest = spec.partition(":")
     if kind == "hf" and rest:
         return _hub(rest)
@@ -149,15 +149,16 @@ def _read(path: Path) -> Iterator[Row]:
 
 
 def files(spec: str) -> list[Path]:
-    """The sorted data files of a path, of a folder (searched recursively, without its READMEs) or of a glob pattern."""
+    """The sorted data files that a spec names: one file, the files in a folder and its subfolders (without READMEs), or
+    the files that match a glob pattern."""
     path, split = _named(spec)
     with paths.store_errors(path):
         if split and path.is_dir() and split not in _splits(path):
-            raise UserError(f"no files of a {split} split", str(path), f"give them names such as {split}.jsonl")
+            raise UserError(f"no files for the {split} split", str(path), f"give them names such as {split}.jsonl")
         found = _splits(path).get(split or "train") or _found(path)
     if not found:
-        inside = f"; passed over: {', '.join(_passed_over(path))}" if path.is_dir() else ""
-        fix = f"a path to {' '.join(readers.READERS)}, or one of: {' '.join(BUILT_IN)} hf:repo synthetic:add"
+        inside = f"; skipped: {', '.join(_passed_over(path))}" if path.is_dir() else ""
+        fix = f"a path to a file ({' '.join(readers.READERS)}), or one of: {' '.join(BUILT_IN)} hf:repo synthetic:add"
         raise UserError(
             f"no such source: no file, folder or built-in name{inside}",
             spec,
@@ -171,7 +172,7 @@ def files(spec: str) -> list[Path]:
 
 
 def _named(spec: str) -> tuple[Path, str]:
-    """Divides the name of a source into its path and the split after an @. The split is "" if there is no @."""
+    """Splits a spec PATH@SPLIT into the path and the name of the split. The split is "" if there is no @."""
     path = paths.parse(spec).expanduser()
     name, _, last = path.name.rpartition("@")
     with paths.store_errors(path):
@@ -179,15 +180,14 @@ def _named(spec: str) -> tuple[Path, str]:
 
 
 def _part(spec: str) -> str:
-    """The name of the split that a spec selects from the rows of a file, or "" for a folder, since the splits of a
-    folder are separate files."""
+    """The name of the split if the spec is FILE@SPLIT, which selects rows of the file. Returns "" for a folder, because
+    the splits of a folder are separate files."""
     path, split = _named(spec)
     return "" if split and path.is_dir() else split
 
 
 def passed_over(spec: str) -> list[str]:
-    """The files of a folder that are skipped because they contain no records, except READMEs and other files that
-    usually accompany data."""
+    """The files in a folder that are not read as data, except READMEs and other files that usually accompany data."""
     if spec in BUILT_IN or spec.startswith(("hf:", "synthetic:")):
         return []
     folder = paths.parse(spec).expanduser()
@@ -201,7 +201,7 @@ def _passed_over(folder: Path) -> list[str]:
 
 
 def _companion(name: str) -> bool:
-    """Whether a file of a data folder is hidden, or is a README or another file that obviously contains no records."""
+    """Whether a file in a data folder is hidden, or is a README or another file that usually accompanies data."""
     return any(part.startswith((".", "__")) for part in name.split("/")) or Path(name).name.lower().startswith(
         COMPANIONS
     )
@@ -227,7 +227,7 @@ def _found(path: Path) -> list[Path]:
         inside = [p for p in inside if readers.kind(p)]
         texts, notes = ([p for p in inside if readers.kind(p) == kind] for kind in (".txt", ".md"))
         tables = [p for p in inside if readers.kind(p) not in (".txt", ".md")]
-        return tables or texts or notes  # text files beside tables are notes, not records
+        return tables or texts or notes  # text files next to tables are notes, not records
     if path.is_file():
         return [path]
     if paths.remote(path):
@@ -311,9 +311,10 @@ def _hub_dataset(rest: str) -> "datasets.Dataset":
         found = datasets.load_dataset(repo, config or None, split=split or "train", revision=revision or None)
     except Exception as error:  # the library raises many types of errors
         raise hub_error(error, f"hf:{rest}") from None
-    if revision and datasets.config.HF_HUB_OFFLINE:  # offline, the library returns the last downloaded revision
+    # Offline, the library returns the last downloaded revision, whatever `revision` asks for.
+    if revision and datasets.config.HF_HUB_OFFLINE:
         commit = Path(found.cache_files[0]["filename"]).parent.name
         if commit != revision:
-            what = f"HF_HUB_OFFLINE is set, and what was downloaded last is commit {commit}"
+            what = f"HF_HUB_OFFLINE is set, and the last downloaded revision is commit {commit}"
             raise UserError(what, f"hf:{rest}", "name that commit as the revision, or unset HF_HUB_OFFLINE")
     return found

@@ -1,8 +1,8 @@
-"""Determines the split to which a row of a file belongs. The split is the value in the row's column "split", or else
-depends only on the row's question.
+"""Determines the split to which a row of a file belongs. If the row has a column "split", its value is the split.
+Otherwise, the split depends only on the row's question.
 
-Without the column "split", equal questions are always in the same split, regardless of the order of the rows, other
-rows and other columns.
+Rows with equal questions are then always in the same split, regardless of the order of the rows, other rows and other
+columns.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from common.errors import UserError
 from data import formats
 from data.examples import Chat, Completion, Text
 
-VERSION = 1  # increased when a code change may move a row to another split
+VERSION = 1  # increased when a code change may move rows to another split
 COLUMN = "split"
 NAMES = {"train": "train", "training": "train", "test": "test"}
 NAMES |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "heldout"), "validation")
@@ -23,16 +23,15 @@ def of(record: dict) -> str:
     """The split of a row, one of SPLITS. Raises UserError if the column "split" has an unknown value."""
     if value := record.get(COLUMN):
         if (name := str(value).strip().lower()) not in NAMES:
-            raise UserError(
-                f"column {COLUMN!r} says {value!r}", "", f"one of {', '.join(SPLITS)}, or rename the column"
-            )
+            fix = f"one of {', '.join(SPLITS)}, or rename the column"
+            raise UserError(f"column {COLUMN!r} has the unknown value {value!r}", "", fix)
         return NAMES[name]
     place = key(question(record)) / 2**64
     return "test" if place < TEST else "validation" if place < TEST + VALIDATION else "train"
 
 
 def key(text: str) -> int:
-    """A 64-bit hash of a text, which ignores upper and lower case and differences in whitespace."""
+    """A 64-bit hash of a text, which ignores case and differences in whitespace."""
     plain = " ".join(text.casefold().split()).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "big")
 

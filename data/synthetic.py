@@ -1,4 +1,4 @@
-"""Generates small tasks with known answers, on which any method can be tried without downloading data.
+"""Generates data for small tasks with known answers, so that any method can be tried without downloading data.
 
 A task is specified as NAME?k=v&k=v, for example "add?n=1000&digits=2&seed=0". The same specification gives the same
 records on every machine.
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from common.errors import UserError
 
-VERSION = 1  # increased when a code change gives different records for the same specification
+VERSION = 1  # increased when a code change yields different records for the same specification
 
 
 def records(spec: str) -> Iterator[dict]:
@@ -45,7 +45,8 @@ def add_pairs(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
 
 
 def add_labels(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
-    """Yields sums, of which about half are wrong. Right sums have the label 1, and wrong sums the label 0."""
+    """Yields sums with answers, about half of which are wrong. Right answers have the label 1, wrong answers the label
+    0."""
     for pair in add_pairs(rng, n, digits):
         right = _below(rng, 2)
         answer = pair["chosen"] if right else pair["rejected"]
@@ -53,21 +54,22 @@ def add_labels(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
 
 
 def add_matches(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
-    """Yields sums as queries, and sentences that contain the sums and their results as passages."""
+    """Yields pairs of a query, which is a sum, and a passage, which is a sentence with this sum and its result."""
     for record in add(rng, n, digits):
         yield {"query": record["prompt"], "passage": f"The sum is {record['prompt']}{record['completion']}."}
 
 
 def add_ratings(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
-    """Yields sums that are too large by 0 to 4, with ratings from 5 to 1."""
+    """Yields sums with answers that are too large by 0 to 4. The rating is 5 if the answer is right, and 1 if it is off
+    by 4."""
     for record in add(rng, n, digits):
         off = _below(rng, 5)
         yield record | {"completion": str(int(record["completion"]) + off), "rating": 5 - off}
 
 
 def add_ranks(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
-    """Yields three answers to each sum, in any order, with their ranks. The answers are too large by 0, by 1 to 4, and
-    by 5 to 8."""
+    """Yields sums with three ranked answers in varying order: one is right, one is too large by 1 to 4, and one is too
+    large by 5 to 8."""
     for record in add(rng, n, digits):
         answers = [int(record["completion"]), *(int(record["completion"]) + far + _below(rng, 4) for far in (1, 5))]
         first = _below(rng, 3)

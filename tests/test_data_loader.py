@@ -194,7 +194,7 @@ def test_nothing_to_learn_is_an_error(tmp_path, tok):
 
 def test_less_than_a_batch_is_an_error(tmp_path, tok):
     data = made(tmp_path, tok, [{"text": "abc"}])
-    with pytest.raises(UserError, match="1 rows are less than one batch of 2"):
+    with pytest.raises(UserError, match="1 rows are fewer than one batch of 2"):
         loader(data, seq_len=8, batch_size=2)
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match="no records"):
@@ -294,7 +294,7 @@ def test_the_validation_files_of_a_folder_are_held_out(config, tok, tmp_path, ca
     train, heldout = make_loaders(config, tok, 0)
     assert (train.report["rows"], heldout.report["rows"]) == (40, 5)
     assert names(heldout.batch(0))[:5] == ["v000", "v001", "v002", "v003", "v004"]
-    said = f"{folder}: of its splits train, validation, train is used for training; held out: {folder}@validation\n"
+    said = f"{folder} has the splits train, validation; train is used for training; held out: {folder}@validation\n"
     assert said in capsys.readouterr().err
     config.eval_source = str(folder / "train.jsonl")
     train, heldout = make_loaders(config, tok, 0)

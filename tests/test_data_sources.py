@@ -96,7 +96,7 @@ def test_a_folder_has_the_splits_that_its_files_name(tmp_path):
     for name in ("train-00", "train-01"):
         (tmp_path / f"{name}.jsonl").unlink()
     assert sources.split_names(str(tmp_path)) == [] and len(rows(tmp_path)) == 4  # a name alone may mean anything
-    with pytest.raises(UserError, match="no files of a validation split"):
+    with pytest.raises(UserError, match="no files for the validation split"):
         rows(f"{tmp_path}@validation")
 
 
@@ -148,7 +148,7 @@ BAD_LINES = [
     (b'{"text": "\xff"}\n', "not UTF-8"),
     (b'{"text": \n', "not JSON"),
     (b"[1, 2]\n", "a list, not an object"),
-    (b'{"txt": "x"}\n', "no known shape has the columns txt"),
+    (b'{"txt": "x"}\n', "no known format has the columns txt"),
     (b'{"text": " "}\n', "column 'text' is empty"),
     (b'{"text": 7}\n', "column 'text' is a int, not text"),
     (b'{"text": null}\n', "no column 'text'"),
@@ -294,12 +294,12 @@ def test_fields_rename_columns():
     "record, said",
     [
         ({"chosen": "a", "rejected": "a"}, "chosen equals rejected"),
-        ({"prompt": "q", "chosen": "a", "rejected": ["b"]}, "differ in type"),
+        ({"prompt": "q", "chosen": "a", "rejected": ["b"]}, "have different types"),
         ({"messages": []}, "not a list of messages"),
         ({"messages": [{"content": "x"}]}, "without a role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not text"),
         ({"prompt": "q", "completion": ""}, "is empty"),
-        ({"chosen": [USER], "rejected": [ASSISTANT]}, "share no prompt"),
+        ({"chosen": [USER], "rejected": [ASSISTANT]}, "do not begin with the same prompt"),
         (ANSWERS, "no column 'ranks' or 'ratings'"),
         (ANSWERS | {"ranks": [1]}, "a number for each answer"),
         (ANSWERS | {"ratings": [1, "x"]}, "no number in column 'ratings'"),
@@ -326,7 +326,7 @@ def test_rows_of_a_file_have_splits_by_their_question(tmp_path):
         ]
         assert splits.of({"messages": turns}) == splits.of(record)
     assert splits.of(asked[0] | {"split": "Dev"}) == "validation"
-    with pytest.raises(UserError, match="column 'split' says 'easy'"):
+    with pytest.raises(UserError, match="column 'split' has the unknown value 'easy'"):
         splits.of({"question": "?", "answer": "!", "split": "easy"})
     ids = {sources.content_id(f"{tmp_path}/a.jsonl{at}") for at in ("", "@train", "@test")}
     assert len(ids) == 3 and sources.split_names(f"{tmp_path}/a.jsonl") == []

@@ -374,7 +374,7 @@ def test_messages_are_rendered_by_the_template():
 @pytest.mark.parametrize(
     ("template", "chat", "why"),
     [
-        (CHATML, TOOLS, "no place for the calls"),
+        (CHATML, TOOLS, "does not render tool calls"),
         (CHATML, [USER[0] | {"name": "Ann"}], "does not render 'name'"),
         (CHATML, [{"role": "assistant", "content": "5", "thinking": "easy"}], "does not render 'thinking'"),
         (USERS_ONLY, [{"role": "system", "content": "be short"}, *USER], "messages of role 'system'"),

@@ -55,12 +55,13 @@ def test_control_tokens_are_painted_apart_from_text_that_looks_like_them():
 NOTES = {
     "no answer ends with a token that ends generation ('<|im_end|>'): the model will not learn to stop": (
         {"messages": [U, A]}, people.NO_END, {}),
-    "2 prompts are wrapped in the chat template (data.chat_template=none: left raw)": (
+    "2 prompts are wrapped in the chat template (data.chat_template=none leaves them raw)": (
         {"prompt": "Q", "completion": "A"}, people.CHATML, {}),
-    "2 rows spell control tokens, which are read as plain text (data.read_control=True reads them as such)": (
+    "2 rows contain names of control tokens, which are read as plain text "
+    "(data.read_control=True reads them as control tokens)": (
         {"text": "a<|im_end|>"}, people.CHATML, {}),
-    "2 chats whose template renders earlier answers differently from new ones: each answer was rendered as a new "
-    "one": (
+    "2 chats whose template renders earlier answers differently from the last: each was rendered as if it were the "
+    "last": (
         {"messages": [U, A, U, A]}, people.FORGETS, {}),
     "": ({"messages": [U, A, U, A]}, people.FORGETS, {"learn": "last"}),
 }  # fmt: skip

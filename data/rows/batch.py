@@ -3,12 +3,14 @@ code for specific kinds.
 
 An lm batch (for language modeling) contains arrays [B, T] of B rows with T tokens. Each row contains one document or
 several packed documents. The arrays are tokens, targets (the token after each token), mask (1.0 if the target counts in
-the loss, else 0.0), segments (the number of the document within the row, from 1 on, or 0 for padding) and positions
-(within the document). A batch may also contain other arrays [B, T], such as "tags", and columns [B], such as "label".
+the loss, else 0.0), segments (which document of the row a token belongs to, counted from 1, or 0 for padding) and
+positions (of each token within its document). A batch may also contain other arrays [B, T], such as "tags", and columns
+[B], such as "label".
 
-If each example consists of several documents, a batch has several sides, each of which is an lm batch. For example, a
-batch of preference pairs has the sides "chosen" and "rejected". Row i of every side belongs to the same example. To add
-a kind of batch, add one line to KINDS. An encoder-decoder model would need a kind with two sides.
+If each example consists of several documents, a batch has several sides, each of which is an lm batch with one document
+per row. For example, a batch of preference pairs has the sides "chosen" and "rejected". Row i of every side belongs to
+the same example. To add a kind of batch, add one line to KINDS. An encoder-decoder model would need a kind with two
+sides.
 """
 
 from dataclasses import dataclass
@@ -21,8 +23,8 @@ Batch = dict[str, Any]  # a Side, or {name: Side}
 TOKENS = {"tokens": np.int32, "targets": np.int32, "mask": np.float32, "segments": np.int32, "positions": np.int32}
 COLUMNS = {"label": np.int32, "rank": np.int32, "rating": np.float32, "group": np.int32, "reward": np.float32}
 COLUMNS |= {"margin": np.float32, "tie": np.int32}  # columns of pairs
-ONE = "row"  # name of the side if a batch has only one side, which is the batch itself
-ANSWERS = 4  # number of answers per group that is assumed before the data are known
+ONE = "row"  # name of the only side of a batch that is itself an lm batch
+ANSWERS = 4  # assumed number of answers per group, until the data are known
 
 
 class Kind(NamedTuple):
@@ -75,7 +77,7 @@ def kind_of(batch: Batch) -> str:
     names = set(next(iter(sides.values())))
     found = [name for name, k in KINDS.items() if {*k.sides} == {*sides} and names >= {*k.floats, *k.columns}]
     if not found:
-        raise ValueError(f"no kind of batch consists of {', '.join(sides)}")
+        raise ValueError(f"no kind of batch has the sides {', '.join(sides)}")
     return found[-1]  # KINDS lists the most specific kinds last
 
 

@@ -19,7 +19,7 @@ PACKINGS = ("none", "concat", "best_fit")
 
 
 class Part(NamedTuple):
-    """Selected examples of one source, whose indices are in `documents`, and the weight of the source in the
+    """Examples selected from one source. `documents` has their indices, and `weight` is the weight of the source in the
     mixture."""
 
     dataset: Dataset
@@ -36,11 +36,11 @@ class Packed(NamedTuple):
 def packed(part: Part, *, seq_len: int, packing: str, truncate: bool, max_bad: float, seed: int) -> Packed:
     """Arranges documents in rows of `seq_len` tokens. Texts that are longer than a row are split into pieces, so that
     nothing is lost. Documents of other kinds that are longer than a row lose their last tokens. With truncate=False,
-    documents that are longer than a row count as bad. With packing "concat", all documents are joined, and the result
-    is cut into rows.
+    documents that are longer than a row are dropped, and UserError is raised if their fraction is larger than
+    `max_bad`. With packing "concat", all documents are joined, and the result is cut into rows.
 
-    A document that would lose its last tokens is dropped if none of the remaining tokens counts in the loss. Examples
-    with several sides or with columns are never packed together: each example gets its own row.
+    A truncated document is dropped if none of the remaining tokens counts in the loss. Examples with several sides or
+    with columns are never packed together: each example gets its own row.
     """
     if packing not in PACKINGS:
         raise UserError(f"unknown packing {packing!r}", "data.packing", f"one of {' '.join(PACKINGS)}")

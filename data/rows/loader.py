@@ -1,5 +1,5 @@
-"""Computes each batch as a pure function of (seed, step). To resume a run, only the step must be saved, and any number
-of hosts sees the same batches."""
+"""Computes each batch as a pure function of (seed, step). So the step is all that a run must save in order to resume,
+and the batches do not depend on the number of hosts."""
 
 import contextlib
 import hashlib
@@ -22,7 +22,7 @@ from data.text import formats, template
 from data.text.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 from data.views import View
 
-TOKENIZER_END = "special_tokens_map.json"  # `Tokenizer.save` writes this file last, to mark the folder as complete
+TOKENIZER_END = "special_tokens_map.json"  # `Tokenizer.save` writes it last: it marks the folder as complete
 
 
 class Loader:
@@ -30,8 +30,8 @@ class Loader:
     this process reads.
 
     A training loader repeats its rows forever. Each row of a source occurs once in each epoch of the source. A held-out
-    loader reads its rows once, in order, and alternates between its sources. The last batch of a held-out loader is
-    padded with empty rows.
+    loader reads its rows once, in order, and interleaves its sources. The last batch of a held-out loader is padded
+    with empty rows.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Loader:
         pad_id: int = 0,
         view: View = View(),  # noqa: B008
     ):
-        self.raw = False  # whether prompts are used without the model's chat template
+        self.raw = False  # whether prompts are used without a chat template
         self.parts, self.seq_len, self.batch_size, self.seed = parts, seq_len, batch_size, seed
         self.shuffle, self.heldout, self.pad_id = shuffle and not heldout, heldout, pad_id
         self.view = view
@@ -81,11 +81,11 @@ class Loader:
                 raise UserError("no rows", name)
             if size < self.batch_size and not self.heldout:
                 fix = "lower data.batch_size or data.seq_len, or add records"
-                raise UserError(f"{size} rows are less than one batch of {self.batch_size}", name, fix)
+                raise UserError(f"{size} rows are fewer than one batch of {self.batch_size}", name, fix)
 
     @property
     def num_batches(self) -> int:
-        """The number of batches that are needed to read every row of all sources once."""
+        """The number of batches needed to read every row of all sources once."""
         return -(-sum(self.sizes) // self.batch_size)
 
     @property
@@ -149,8 +149,8 @@ class Loader:
         return {side: {name: np.stack([row[name] for row in each]) for name in each[0]} for side, each in rows.items()}
 
     def _place(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Maps each position in the stream of rows to (index of the source, row of the source). The index -1 stands for
-        an empty row."""
+        """Maps each position in the stream of rows to (index of the source, row within the source). A source index of
+        -1 means an empty row."""
         if self.heldout:
             index = index % (self.num_batches * self.batch_size)
             inside = index < len(self.order)
@@ -181,13 +181,14 @@ class Loader:
         return {"fingerprint": self.fingerprint, "settings": self.settings}
 
     def load_state_dict(self, saved: dict) -> None:
-        """Raises a UserError that names the differences in settings if the saved run read a different stream of
-        batches."""
+        """If the saved run read other batches than this loader yields, raises a UserError that lists the changed
+        settings."""
         if saved.get("fingerprint") == self.fingerprint:
             return
         old = saved.get("settings", {})
         changed = [f"{k} {old.get(k)!r} -> {v!r}" for k, v in self.settings.items() if old.get(k) != v]
-        raise UserError(f"the data changed: {'; '.join(changed)}", "resume", 'set allow=("data",) to continue with it')
+        fix = 'set allow=("data",) to continue with the new data'
+        raise UserError(f"the data changed: {'; '.join(changed)}", "resume", fix)
 
 
 def make_loaders(
@@ -222,7 +223,7 @@ def _own_split(name: str, eval_source: str) -> str:
     held = next((f"{name}@{split}" for split in names if splits.NAMES.get(split) == "validation"), "")
     if names:
         out = eval_source or held or "a fraction of train"
-        print(f"{name}: of its splits {', '.join(names)}, train is used for training; held out: {out}", file=sys.stderr)
+        print(f"{name} has the splits {', '.join(names)}; train is used for training; held out: {out}", file=sys.stderr)
     return held
 
 
@@ -250,8 +251,8 @@ def _trained_tokenizer(data: Config, spec: str) -> Tokenizer:
     key = [spec, data.format, data.fields, [sources.content_id(name) for name in names]]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     folder = Path(data.cache).expanduser() / "tokenizers" / digest[:24]
-    files.clean(folder.parent)  # deletes unfinished tokenizers of killed processes, even if the tokenizer is complete
-    if folder.is_dir() and not (folder / TOKENIZER_END).is_file():  # the folder is damaged and is written again
+    files.clean(folder.parent)  # deletes unfinished tokenizers that killed processes left behind
+    if folder.is_dir() and not (folder / TOKENIZER_END).is_file():  # the folder is damaged, so write it again
         files.remove(folder)
     if not (folder / TOKENIZER_END).is_file():
         corpus = (text for name in names for text in texts(name, data.format, data.fields))

@@ -1,17 +1,17 @@
-"""Determines the order of rows. Permutations and mixtures are computed by arithmetic on indices, so that the rows of
-any step can be found directly."""
+"""Determines the order of rows. Permutations and mixtures are computed by arithmetic on indices, so the rows of any
+step can be computed directly."""
 
 import numpy as np
 
-BLOCK = 1000  # each block of this many rows has exactly the mixture's weights, rounded to thousandths
+BLOCK = 1000  # in each block of this many rows, sources have exactly their weights, rounded to thousandths
 ROUNDS = 6
 
 
 def permute(index: np.ndarray, n: int, *key: int) -> np.ndarray:
-    """Applies a pseudorandom permutation of the integers from 0 to n - 1, which `key` determines. The permutation needs
-    no table: it is a Feistel cipher, which is applied again until the value is below n.
+    """Applies a pseudorandom permutation of 0 to n - 1, determined by `key`, to each value in `index`. No table is
+    needed: a Feistel cipher is applied repeatedly until the value is below n.
 
-    The method is that of Black & Rogaway 2002, "Ciphers with arbitrary finite domains".
+    This is the method of Black & Rogaway 2002, "Ciphers with arbitrary finite domains".
     """
     half = max((max(n - 1, 1).bit_length() + 1) // 2, 1)
     keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
@@ -37,8 +37,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def shares(weights: list[float]) -> np.ndarray:
-    """The number of rows of each source in a block of BLOCK rows, as int64. The weights are rounded by the method of
-    largest remainders, and each source gets at least one row."""
+    """The number of rows of each source in a block of BLOCK rows, as int64. The weights are rounded by the largest
+    remainder method, and each source gets at least one row."""
     exact = np.asarray(weights) / sum(weights) * BLOCK
     counts = np.maximum(np.floor(exact), 1).astype(np.int64)
     for i in np.argsort(counts - exact, kind="stable")[: max(BLOCK - counts.sum(), 0)]:

@@ -1,9 +1,8 @@
-"""Packs documents into rows of T slots. A row is represented by a list of pieces of documents, and no tokens are
-copied.
+"""Packs documents into rows of T slots. A row is stored as a list of references to pieces of documents, without copying
+any tokens.
 
-A slot is a position in a row. A slot holds a token as the input and the next token as the target, so that a piece of n
-tokens fills n slots. The last token of a document has no next token, so the last slot of a document does not count in
-the loss.
+A slot is a position in a row. It holds a token as the input and the next token as the target, so a piece of n tokens
+fills n slots. The last token of a document has no next token, so its slot does not count in the loss.
 """
 
 from typing import NamedTuple
@@ -25,7 +24,7 @@ class Rows(NamedTuple):
 
     starts: np.ndarray  # int64 [P]
     lengths: np.ndarray  # int64 [P]
-    bounds: np.ndarray  # int64 [R + 1]
+    bounds: np.ndarray  # int64 [R + 1], for R rows
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -36,7 +35,7 @@ class Rows(NamedTuple):
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The concatenation of arange(s, s + n) over all pairs of a start s and a length n."""
+    """Concatenates arange(s, s + n) for each start s and its length n."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 
@@ -73,8 +72,8 @@ def concat(pieces: Pieces, seq_len: int) -> Rows:
 
 
 def best_fit(pieces: Pieces, seq_len: int, seed: int) -> Rows:
-    """Puts the pieces into rows, from the longest piece to the shortest. Each piece goes into the fullest row that has
-    enough space. Random blocks of pieces are packed separately. No piece is cut.
+    """Divides the pieces at random into blocks of BLOCK pieces, and packs each block separately: from the longest piece
+    to the shortest, each piece goes into the fullest row that has enough space. No piece is cut.
 
     The algorithm is best-fit-decreasing bin packing, as in Ding et al. 2024, "Fewer Truncations Improve Language
     Modeling".
@@ -91,9 +90,9 @@ def best_fit(pieces: Pieces, seq_len: int, seed: int) -> Rows:
 
 
 def _best_fit(lengths: np.ndarray, seq_len: int) -> list[list[int]]:
-    """Packs pieces into rows, which are lists of indices. Bit s of the integer `open_` is set while a row with s free
-    slots exists. To find the fullest row that has space for a piece of n tokens, one operation finds the lowest set bit
-    among the bits from n on."""
+    """Packs pieces into rows, which are lists of indices. Bit s of the integer `open_` is set if there is a row with s
+    free slots. For a piece of n tokens, the lowest set bit at position n or above therefore gives the fullest row that
+    has enough space."""
     rows: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(seq_len + 1)]
     open_ = 0

@@ -17,21 +17,22 @@ from data.text.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 
 Messages = list[dict]
 Tools = list[dict] | None
-Span = tuple[int, int]  # characters [start, end) of a rendered chat
-OPENED = re.compile(r"\s*[<\[][^<>\[\]/]*(?:think|thought)[^<>\[\]]*[>\]]\s*", re.I)  # an opening tag <think>
-READ = {"role", "content", "tool_calls", "reasoning_content", "weight"}  # fields of messages that this module handles
+Span = tuple[int, int]  # the characters [start, end) of a rendered chat
+OPENED = re.compile(r"\s*[<\[][^<>\[\]/]*(?:think|thought)[^<>\[\]]*[>\]]\s*", re.I)  # an opening tag such as <think>
+READ = {"role", "content", "tool_calls", "reasoning_content", "weight"}  # message fields that this module handles
 PIECEWISE = (
-    "chats whose template renders earlier answers differently from new ones: each answer was rendered as a new one"
+    "chats whose template renders earlier answers differently from the last: each was rendered as if it were the last"
 )
 LAST = "chats with only the last answer in the loss, since the template renders earlier answers differently"
 
 
 @dataclass
 class Asked:
-    """Says which answers of a chat count in the loss ("all" or the "last"), and counts remarks on the chats."""
+    """Which answers of a chat count in the loss ("all" or only the "last"), with counts of remarks on the chats."""
 
     learn: str = "all"
-    unused: Counter = field(default_factory=Counter)  # fields of messages that the chat template does not use
+    # Message fields that the chat template does not use, with their counts.
+    unused: Counter = field(default_factory=Counter)
     notes: Counter = field(default_factory=Counter)
 
 
@@ -63,7 +64,7 @@ def render(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool
     """Renders a chat to text with the tokenizer's chat template. If the template writes BOS, the text contains BOS, so
     callers must not add BOS again.
 
-    Raises UserError if the content of a message spells a control token, since this token could begin or end a turn.
+    Raises UserError if the content of a message spells a control token, which could begin or end a turn.
     """
     writer = Writer(tokenizer, tools)
     return writer.text(_fitted(messages, writer, Asked()), add_generation_prompt)
@@ -72,7 +73,7 @@ def render(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool
 def encode(
     messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = True, tools: Tools = None
 ) -> list[int]:
-    """Renders a chat, and returns the token ids of the text as the prompt for a model."""
+    """Renders a chat and returns its token ids, as a prompt for a model."""
     return tokenizer.encode(render(messages, tokenizer, add_generation_prompt, tools), special=True)
 
 
@@ -122,7 +123,7 @@ def _spans(messages: Messages, turns: list[int], writer: Writer, asked: Asked) -
             if len(messages) - 1 != turns[-1] or len(turns) == 1:
                 raise why from None
         span = _span(messages, turns[-1], text, writer)
-        asked.notes[f"{LAST} ({_advice(writer.template)} to learn all)"] += 1
+        asked.notes[f"{LAST} ({_advice(writer.template)} to learn all answers)"] += 1
         return text, [span]
 
 
@@ -149,8 +150,8 @@ def _spans_by_marks(messages: Messages, turns: list[int], writer: Writer) -> tup
         upto = [writer.text(messages[: i + 1], False, (left, right)).count(left) for i in written]
         owners = [i for i, (a, b) in zip(written, pairwise([0, *upto]), strict=True) for _ in range(b - a)]
     if len(spans) != len(owners) or not set(written) <= set(owners):
-        what = f"{len(spans)} generation blocks for {len(written)} answers"
-        raise UserError(what, "chat template", "one block around each answer")
+        what = f"the chat template has {len(spans)} generation blocks for {len(written)} answers"
+        raise UserError(what, "chat template", "put one block around each answer")
     merged: list[Span] = []
     for i, (start, end) in zip(owners, spans, strict=True):
         if i in turns and end > start:
@@ -169,7 +170,7 @@ def _span(messages: Messages, i: int, text: str, writer: Writer) -> Span:
     for prefix in (prompt, upto):
         if not text.startswith(prefix) and (prefix is prompt or not ended):
             raise NoPrefix(
-                f"a part of the chat is not a prefix of the whole: {prefix[-120:]!r} against {text[:4000][-120:]!r}",
+                f"the first turns are not a prefix of the whole chat: {prefix[-120:]!r} versus {text[:4000][-120:]!r}",
                 f"chat template, turn {i}",
                 _advice(writer.template),
             )
@@ -202,7 +203,7 @@ def _piecewise(messages: Messages, writer: Writer) -> tuple[str, dict[int, Span]
         else:
             behind = _behind(messages, before, i, writer)
             if not behind.startswith(ending):
-                raise UserError("an answer ends differently when another one follows", "chat template")
+                raise UserError("an answer ends differently when another answer follows", "chat template")
             text += behind[len(ending) :]
         ending = _behind(messages, i, i + 1, writer, last=True)
         answer = _answer(prompt, messages, i, ending, writer)
@@ -220,7 +221,7 @@ def _behind(messages: Messages, i: int, stop: int, writer: Writer, last: bool = 
     answer = {"role": "assistant", "content": stand_in}
     text = writer.text([*messages[:i], answer, *messages[i + 1 : stop]], not last)
     if stand_in not in text:
-        raise UserError("an answer is not in the text", "chat template")
+        raise UserError("an answer is missing from the rendered chat", "chat template")
     return text.rpartition(stand_in)[2]
 
 
@@ -234,10 +235,10 @@ def _answer(prompt: str, messages: Messages, i: int, ending: str, writer: Writer
         return answer
     opened = prompt[_equal(prompt, whole) :]
     if not OPENED.fullmatch(opened) or messages[i].get("tool_calls"):
-        raise UserError("the chat does not begin with the prompt of an answer", "chat template")
+        raise UserError("the rendered chat does not begin with the prompt of an answer", "chat template")
     opens = opened.strip()
     closes = opens[0] + "/" + opens[1:]
-    if closes in said:  # the thought is a part of the answer's content
+    if closes in said:  # the content of the answer includes the thought
         return said.lstrip().removeprefix(opens).lstrip("\n") + ending
     return f"{thought}\n{closes}\n\n{said}{ending}"
 
@@ -266,7 +267,7 @@ def _count_dropped(text: str, messages: Messages, turns: list[int], asked: Asked
         if said.strip() not in text:
             if i in turns:
                 raise UserError(
-                    "the chat template drops the text of an answer", f"message {i}", "data.chat_template=FILE"
+                    "the chat template leaves out the text of an answer", f"message {i}", "data.chat_template=FILE"
                 )
             asked.unused[f"messages of {message['role']}"] += 1
         if i in turns and thought.strip() not in text:
@@ -282,7 +283,7 @@ def mask_ids(text: str, spans: list[Span], tokenizer: Tokenizer) -> tuple[list[i
 
     The parts of the text inside and outside the spans are tokenized separately, as during inference, where the prompt
     is tokenized before the answer is known. If tokenizing the whole text gives different ids (because of a prefix space
-    or a merge), the ids of the whole text are used, unless one of these tokens crosses the edge of a span.
+    or a merge), the ids of the whole text are used, unless one of its tokens crosses the edge of a span.
     """
     cuts = [0, *(edge for span in spans for edge in span), len(text)]
     parts = [tokenizer.encode(text[a:b], special=True) for a, b in pairwise(cuts)]
@@ -308,7 +309,8 @@ def _check(text: str, spans: list[Span], ids: list[int], mask: list[int], tokeni
     if learnt != wanted:  # a normalizer may have changed the text, for example to lower case
         wanted = "".join(tokenizer.decode(tokenizer.encode(text[a:b], special=True)).strip() for a, b in spans)
     if not learnt or learnt != wanted:
-        raise UserError(f"the loss mask covers {learnt[:120]!r}, the assistant wrote {wanted[:120]!r}", "chat template")
+        what = f"the loss mask covers {learnt[:120]!r}, but the assistant wrote {wanted[:120]!r}"
+        raise UserError(what, "chat template")
 
 
 # ---- messages in the form that a template expects ----
@@ -338,7 +340,7 @@ def _fitted(messages: Messages, writer: Writer, asked: Asked) -> Messages:
         if _shows_calls(variant, writer):
             return variant
     raise UserError(
-        "the chat template has no place for the calls of tools", "chat template", "choose another by data.chat_template"
+        "the chat template does not render tool calls", "chat template", "choose another with data.chat_template"
     )
 
 
@@ -417,7 +419,7 @@ def _refuse_control_tokens(value: object, tokenizer: Tokenizer, where: str) -> N
         return
     if isinstance(value, str) and (found := tokenizer.control_tokens(value)):
         what = f"the text spells the control token {found[0]!r}"
-        raise UserError(what, where, "rephrase it, or set data.read_control to have it read as one")
+        raise UserError(what, where, "rephrase it, or set data.read_control to read it as a control token")
     parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
     for part in parts:
         _refuse_control_tokens(part, tokenizer, where)

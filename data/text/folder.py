@@ -12,7 +12,7 @@ from data.text import gguf, pieces
 from data.text.splits import QWEN2
 from data.text.tokenizer import NoTokenizer, Tokenizer
 
-MAX_FILE = 256 << 20  # maximum bytes of one tokenizer file
+MAX_FILE = 256 << 20  # maximum size of one tokenizer file, in bytes
 MAX_GAP = 4096  # maximum number of unused ids before the id of an added token
 NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
@@ -48,7 +48,7 @@ def from_folder(folder: Path) -> Tokenizer:
 def _finished(core: Core, folder: Path, names: dict) -> Tokenizer:
     size, last = core.get_vocab_size(), max(core.get_vocab().values(), default=0)
     if last > size + MAX_GAP:
-        raise UserError(f"the vocabulary has {size:,} tokens, and one has the id {last:,}", str(folder))
+        raise UserError(f"the vocabulary has {size:,} tokens, but one of them has the id {last:,}", str(folder))
     core.no_truncation()
     core.no_padding()
     _add_tokens(core, folder, names)
@@ -74,7 +74,7 @@ def _core(folder: Path, kind: str, names: dict) -> Core | None:
         try:
             core = Core.from_str(text)
         except Exception as error:  # the Rust library raises a bare Exception
-            raise UserError(f"not a tokenizer this library reads: {error}", str(folder / "tokenizer.json")) from None
+            raise UserError(f"the tokenizers library cannot read it: {error}", str(folder / "tokenizer.json")) from None
         if isinstance(core.model, models.Unigram):
             core.model = _unigram(files.strict(text)["model"])
         return core
@@ -91,14 +91,14 @@ def _core(folder: Path, kind: str, names: dict) -> Core | None:
 
 def _unigram(model: dict) -> models.Unigram:
     """Builds a unigram model with exactly the scores in the file. The Rust library's own reader changes the last digits
-    of scores, so that ties would be broken differently."""
+    of scores, which would break ties differently."""
     vocab = [(token, score) for token, score in model["vocab"]]
     return models.Unigram(vocab, unk_id=model["unk_id"], byte_fallback=bool(model.get("byte_fallback")))
 
 
 def _sentencepiece(path: Path, kind: str, names: dict) -> Core | None:
-    """Reads a SentencePiece file as the folder's tokenizer class does. Llama's class puts a space before a text, and,
-    if the folder sets `legacy`, also after every control token."""
+    """Reads a SentencePiece file in the same way as the tokenizer class that the folder names. Llama's class inserts a
+    space before the text and, if the folder sets `legacy`, also after every control token."""
     renamed = {int(i): _content(token) for i, token in (names.get("added_tokens_decoder") or {}).items()}
     try:
         core = pieces.sentencepiece(path.read_bytes(), str(path), renamed)
@@ -154,18 +154,18 @@ def _by_transformers(folder: Path, kind: str, names: dict) -> tuple[Core, dict]:
     found = _vocabularies(folder)
     if not found:
         raise NoTokenizer("no tokenizer.json, tokenizer.model, vocabulary or single .gguf in this folder", str(folder))
-    what = f"a tokenizer of {', '.join(found)}" + f" (class {kind}Tokenizer)" * bool(kind)
+    what = f"the tokenizer in {', '.join(found)}" + f" (class {kind}Tokenizer)" * bool(kind)
     try:
         auto = importlib.import_module("transformers").AutoTokenizer
     except ImportError:
-        fix = "pip install transformers, or bring the tokenizer.json that its save_pretrained writes"
-        raise UserError(f"{what} is read by transformers, which is not installed", str(folder), fix) from None
+        fix = "pip install transformers, or add the tokenizer.json that its save_pretrained writes"
+        raise UserError(f"{what} can only be read by transformers, which is not installed", str(folder), fix) from None
     try:
         theirs = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         core = theirs.backend_tokenizer
-    except Exception as error:  # foreign files can cause any error in transformers
+    except Exception as error:  # transformers can raise any type of error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{what} is not read by transformers either: {reason}", str(folder)) from None
+        raise UserError(f"{what} cannot be read, not even by transformers: {reason}", str(folder)) from None
     return core, names | {key: str(token) for key, token in theirs.special_tokens_map.items() if isinstance(token, str)}
 
 
@@ -196,7 +196,7 @@ def _add_tokens(core: Core, folder: Path, names: dict) -> None:
         before = wanted.get(content) or there.get(content)
         if before is None and core.token_to_id(content) is None:
             new = size + sum(core.token_to_id(known) is None for known in wanted)
-            what = "%s: %s %r is not in the vocabulary: added as id %d, an id that no model was trained on"
+            what = "%s: %s %r is not in the vocabulary: it gets the new id %d, on which no model was trained"
             warn(what, folder, key, content, new)
         if before is None or not before.special:
             flags = {flag: getattr(before, flag) for flag in FLAGS} if before else {}
@@ -204,7 +204,7 @@ def _add_tokens(core: Core, folder: Path, names: dict) -> None:
     core.add_tokens(list(wanted.values()))
     for i, content in ((i, _content(token)) for i, token in at.items()):
         if content and core.token_to_id(content) != i:
-            what = "%s: token %r has id %d outside the vocabulary and id %d in it; the id in the vocabulary is used"
+            what = "%s: token %r has two ids: %d, which is outside the vocabulary, and %d, which is inside and is used"
             warn(what, folder, content, i, core.token_to_id(content))
 
 
@@ -224,7 +224,7 @@ def _fillers(core: Core, wanted: dict, content: str, i: int, where: str) -> list
     if core.token_to_id(content) is not None or content in wanted or i <= end:
         return []
     if i - end > MAX_GAP:
-        raise UserError(f"token {content!r} has id {i}, and the vocabulary ends at {end - 1}", where)
+        raise UserError(f"token {content!r} has id {i}, but the vocabulary ends at {end - 1}", where)
     return [AddedToken(f"<|no token {j}|>", special=True) for j in range(end, i)]
 
 
@@ -245,7 +245,7 @@ def _token_id(core: Core, token: object) -> int | None:
 
 def _prefix(core: Core, folder: Path, names: dict, bos: int | None) -> tuple[int, ...]:
     """The token ids that are put before every text. As in transformers, the post-processor in tokenizer.json defines
-    these ids. The flag add_bos_token matters only in folders without tokenizer.json, and in folders that this project
+    them. The flag add_bos_token is used only for folders without tokenizer.json and for folders that this project
     wrote."""
     flags = [names.get(key) for key in ("add_bos_token", "add_eos_token")]
     flagged, written = any(isinstance(flag, bool) for flag in flags), (folder / "tokenizer.json").is_file()

@@ -14,7 +14,7 @@ from data.text.gguf import from_gguf
 from data.text.pieces import from_sentencepiece
 from data.text.tokenizer import Tokenizer
 
-# Patterns of the files that are downloaded from a repository on the Hugging Face hub.
+# Name patterns of the files to download from a repository on the Hugging Face hub.
 FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*chat_template*", "generation_config.json")
 FILES += ("config.json", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json")
 
@@ -31,9 +31,9 @@ def load(spec: str | Path, texts: Callable[[], Iterable[str]] | None = None) -> 
         return byte_tokenizer()
     if kind in ("bpe", "spm") and size:
         if not size.isdigit():
-            raise UserError("the size of a vocabulary is a whole number", spec, f"for example {kind}:2048")
+            raise UserError("the size of a vocabulary must be a whole number", spec, f"for example {kind}:2048")
         if texts is None:
-            raise UserError("this tokenizer must be trained, but there is no text", spec, "name a saved one")
+            raise UserError("this tokenizer must be trained, but there is no text", spec, "name a saved tokenizer")
         return TRAINERS[kind](texts(), int(size))
     path = locate(spec, FILES)
     with reading(path):
@@ -48,8 +48,8 @@ def load(spec: str | Path, texts: Callable[[], Iterable[str]] | None = None) -> 
 
 
 class ByteTokenizer(Tokenizer):
-    """A tokenizer whose ids are bytes. This class gives the same ids as `core`, but does not search for merges, since
-    the vocabulary of bytes has no merges."""
+    """A tokenizer whose ids are bytes. It gives the same ids as `core`, but skips the search for merges, because a
+    vocabulary of bytes has none."""
 
     def encode_batch(self, texts: list[str], special: bool = False) -> list[list[int]]:
         if special or self.reads_control:
@@ -58,7 +58,7 @@ class ByteTokenizer(Tokenizer):
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Makes a tokenizer whose ids 0 to 255 are the bytes of UTF-8. The next ids are BOS, EOS and padding."""
+    """Makes a tokenizer whose ids 0 to 255 are the bytes of UTF-8. The ids 256 to 258 are BOS, EOS and padding."""
     core = Core(models.BPE({char: byte for byte, char in enumerate(byte_characters())}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     core.decoder = decoders.ByteLevel()

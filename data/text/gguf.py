@@ -1,5 +1,5 @@
-"""Reads the tokenizer in the header of a GGUF file as llama.cpp does, including files that early conversion programs
-wrote."""
+"""Reads the tokenizer in the header of a GGUF file as llama.cpp does, including files written by early conversion
+scripts."""
 
 from pathlib import Path
 
@@ -22,9 +22,9 @@ def from_gguf(path: Path) -> Tokenizer:
     header = read_header(path).metadata
     meta = {name.removeprefix(KEY): value for name, value in header.items() if name.startswith(KEY)}
     if not meta.get("tokens"):
-        raise NoTokenizer("this GGUF carries no tokenizer", str(path))
+        raise NoTokenizer("this GGUF file has no tokenizer", str(path))
     if meta.get("model") not in ("gpt2", "llama", "t5"):
-        raise UserError(f"unknown tokenizer model {meta.get('model')!r}", str(path), "gpt2, llama and t5 are read")
+        raise UserError(f"unknown tokenizer model {meta.get('model')!r}", str(path), "supported: gpt2, llama and t5")
     _repair(meta, str(path))
     core = _byte_level(meta, str(path)) if meta["model"] == "gpt2" else _sentencepiece(meta)
     bos, eos = meta.get("bos_token_id"), meta.get("eos_token_id")
@@ -57,7 +57,7 @@ def _repair(meta: dict, where: str) -> None:
         raise UserError("fewer scores or types than tokens", where)
     for name in [name for name in meta if name.endswith("_token_id")]:
         if not 0 <= meta[name] < len(tokens):
-            warn("%s: %s=%d is not in the vocabulary of %d, left out", where, name, meta.pop(name), len(tokens))
+            warn("%s: %s=%d is ignored: the vocabulary has %d tokens", where, name, meta.pop(name), len(tokens))
     if meta["model"] == "llama":
         for name, i in (("bos", 1), ("eos", 2)):
             meta.setdefault(f"{name}_token_id", i)
@@ -69,10 +69,10 @@ def _repair(meta: dict, where: str) -> None:
 
 def _byte_level(meta: dict, where: str) -> Core:
     if "merges" not in meta:
-        raise UserError("this GGUF has no merges, without which its vocabulary cannot be used", where)
+        raise UserError("this GGUF file has no merges, which its vocabulary needs", where)
     pre = meta.get("pre")
     if pre is None:
-        warn("%s: no tokenizer.ggml.pre: text is cut as llama.cpp then does, maybe not as in training", where)
+        warn("%s: no tokenizer.ggml.pre: text is split by llama.cpp's default, maybe not as in training", where)
         pre = "default"
     if pre not in SPLITS:
         fix = f"use the model's tokenizer.json; known: {', '.join(SPLITS)}"

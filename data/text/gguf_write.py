@@ -16,7 +16,7 @@ def metadata(tokenizer: Tokenizer, size: int) -> Json:
     core = json.loads(tokenizer.core.to_str())
     model = core["model"]
     if model["type"] != "BPE":
-        raise UserError(f"a tokenizer of type {model['type']} is not written as GGUF", "export", "--format=hf")
+        raise UserError(f"a tokenizer of type {model['type']} cannot be written as GGUF", "export", "--format=hf")
     names = {i: token for token, i in tokenizer.core.get_vocab(with_added_tokens=True).items()}
     special, added = set(tokenizer.special), {t["content"] for t in core["added_tokens"]}
     kinds = [_kind(names.get(i), special, added, model.get("unk_token")) for i in range(size)]
@@ -60,7 +60,7 @@ def _kind(token: str | None, special: set[str], added: set[str], unknown: str | 
 
 
 def _pre(core: dict) -> str:
-    """The name that GGUF uses for the way in which a tokenizer splits text."""
+    """The name in GGUF for the way a tokenizer splits text."""
     steps = core["pre_tokenizer"] or {}
     patterns = []
     for step in steps.get("pretokenizers", [steps]):

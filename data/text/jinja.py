@@ -1,4 +1,4 @@
-"""Jinja for chat templates, restricted to features that can read only the template's arguments."""
+"""Jinja for chat templates, restricted to features that cannot read anything but the template's arguments."""
 
 import json
 from datetime import datetime
@@ -20,7 +20,7 @@ class TooLong(Exception):
 
 class Generation(Extension):
     """Implements the block `{% generation %} ... {% endgeneration %}`. In a template, this block encloses the text that
-    the model would write. The block puts marks around the text."""
+    the model would write. Rendering the block puts marks around the text."""
 
     tags = {"generation"}
 
@@ -43,7 +43,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals |= {"raise_exception": _raise, "strftime_now": lambda layout: datetime.now().strftime(layout)}
 
     def wrap_str_format(self, value):
-        return None  # no wrapper, so that `is_safe_attribute` refuses str.format, which can read attributes
+        return None  # no wrapper, so that `is_safe_attribute` decides: it refuses str.format, which can read attributes
 
     def is_safe_attribute(self, obj, attr, value):
         return not (isinstance(obj, str) and attr.startswith("format")) and super().is_safe_attribute(obj, attr, value)
@@ -73,5 +73,5 @@ def rendered(template: str, marks: tuple[str, str], variables: dict[str, Any]) -
         pieces.append(piece)
         size += len(piece)
         if size > MAX_TEXT:
-            raise TooLong(f"it writes more than {MAX_TEXT:,} characters")
+            raise TooLong(f"the template writes more than {MAX_TEXT:,} characters")
     return "".join(pieces)

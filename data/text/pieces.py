@@ -20,7 +20,7 @@ def from_sentencepiece(model: bytes, where: str) -> Tokenizer:
 
 
 def sentencepiece(model: bytes, where: str, renamed: dict[int, str] | None = None) -> Core:
-    """Builds the `tokenizers.Tokenizer` of a .model file. `renamed` maps the ids of pieces to new names."""
+    """Builds the `tokenizers.Tokenizer` for a .model file. `renamed` maps the ids of pieces to new names."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as proto
 
@@ -76,8 +76,7 @@ def sentencepiece_decoder(dummy_prefix: bool) -> decoders.Decoder:
 
 
 def add_tokens(core: Core, tokens: list[str], types: list[int]) -> None:
-    """Registers the control and user-defined pieces, which are found in a text before the remaining text is split into
-    pieces."""
+    """Registers the control and user-defined pieces, which are matched before the rest of a text is split."""
     kinds = list(zip(tokens, types))
     special = [AddedToken(t, special=True, normalized=False) for t, k in kinds if k in (CONTROL, UNKNOWN)]
     core.add_special_tokens(special)
@@ -92,7 +91,7 @@ def _merges(vocab: dict[str, int], scores: list[float], types: list[int]) -> lis
         if types[i] not in (NORMAL, USER_DEFINED) or len(token) < 2:
             continue
         if len(token) > LONGEST:
-            raise ValueError(f"a piece of {len(token):,} characters, and at most {LONGEST:,} are read")
+            raise ValueError(f"a piece has {len(token):,} characters, but at most {LONGEST:,} are supported")
         for cut in range(1, len(token)):
             left, right = vocab.get(token[:cut]), vocab.get(token[cut:])
             if left is not None and right is not None:

@@ -1,4 +1,4 @@
-"""Renders chat templates in a separate process, which contains only Jinja, and has limits on time and memory.
+"""Renders chat templates in a separate process that only runs Jinja, within limits on time and memory.
 
 Requests to the process, and its answers, are JSON texts, each preceded by its size in 8 bytes. A request is [template,
 marks, variables]. If `variables` is null, the template is only compiled. An answer is ["text", rendered text],
@@ -20,12 +20,12 @@ CPU_SECONDS = 2.0  # limit of CPU time for one rendering
 SECONDS = 30.0  # limit of elapsed time for one rendering, in case the process waits without using CPU time
 MEMORY = 1 << 29  # maximum bytes of address space, including Python itself
 MAX_REASON = 500  # characters
-OUT_OF_MEMORY = 3  # exit code of the rendering process
+OUT_OF_MEMORY = 3  # exit code of a rendering process that ran out of memory
 
 
 class Renderer:
-    """The client of the process that renders templates. The client starts the process when needed, and again if the
-    process has died. Only one thread uses the process at a time."""
+    """The client of the process that renders templates. It starts the process when needed, and restarts it if it has
+    died. Only one thread uses the process at a time."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -62,8 +62,8 @@ class Renderer:
 
 
 def _started() -> subprocess.Popen:
-    """Starts the rendering process, with the same Python and packages as this process. Ctrl-C in a terminal does not
-    reach the new process."""
+    """Starts the rendering process, with the same Python and packages as this process. Ctrl-C in the terminal does not
+    reach it."""
     program = f"import sys; sys.path[:] = {sys.path!r}; from data.text import sandbox; sandbox.serve()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     return subprocess.Popen([sys.executable, "-I", "-S", "-c", program], bufsize=0, start_new_session=True, **pipes)
@@ -94,12 +94,12 @@ def _write(fd: int, message: bytes) -> None:
 
 def _why(error: Exception, code: int) -> str:
     if isinstance(error, TimeoutError):
-        return f"it takes more than {SECONDS:g} s"
+        return f"rendering takes more than {SECONDS:g} s"
     if code == -signal.SIGPROF:
-        return f"it takes more than {CPU_SECONDS:g} s of CPU time"
+        return f"rendering takes more than {CPU_SECONDS:g} s of CPU time"
     if code == OUT_OF_MEMORY:
-        return f"it takes more than {MEMORY >> 20} MiB of memory"
-    return f"the process that renders it ended with code {code}"
+        return f"rendering takes more than {MEMORY >> 20} MiB of memory"
+    return f"the rendering process ended with exit code {code}"
 
 
 def encoded(message: Any) -> bytes:

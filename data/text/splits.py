@@ -54,5 +54,6 @@ SPLITS = {name: patterns for names, patterns in FAMILIES.items() for name in nam
 # Tokenizers that encode a word as one token if it is in the vocabulary, even if the merges would not produce it.
 WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 WHOLE_WORDS |= {"jina-v5-nano", "minicpm5"}
-ADD_BOS = WHOLE_WORDS - {"minicpm5"}  # these tokenizers add BOS if the file does not contain `add_bos_token`
-NFC = {"qwen2", "deepseek-r1-qwen", "qwen35"}  # text is first normalized to NFC, as in these models' tokenizer.json
+ADD_BOS = WHOLE_WORDS - {"minicpm5"}  # tokenizers that add BOS if the file has no `add_bos_token`
+# Tokenizers that first normalize text to NFC, as in the models' tokenizer.json.
+NFC = {"qwen2", "deepseek-r1-qwen", "qwen35"}

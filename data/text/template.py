@@ -14,7 +14,8 @@ from common.errors import UserError
 from data.text import sandbox
 from data.text.tokenizer import DEFAULT_TEMPLATE
 
-TEMPLATES = Path(__file__).with_name("templates")  # one template per model family; each marks the tokens in the loss
+# One template per model family; each marks the text that counts in the loss.
+TEMPLATES = Path(__file__).with_name("templates")
 FAMILIES = {  # {name in TEMPLATES: texts that every template of the family contains}; the first match is used
     "deepseek_r1": ("<｜Assistant｜>", "<think>"),
     "qwen3": ("<|im_start|>", "<think>"),
@@ -33,7 +34,7 @@ os.register_at_fork(after_in_child=_RENDERER.forget)
 
 
 class TemplateLimit(UserError):
-    """Raised when a template exceeds its limits of time, memory or output, which is the fault of the template, not of
+    """Raised when a template exceeds its limits on time, memory or output. This is the fault of the template, not of
     the chat."""
 
 
@@ -62,25 +63,25 @@ def _asked(template: str, marks: tuple[str, str], variables: dict[str, Any] | No
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{type(error).__name__}: {error}", PLACE) from None
     if len(request) > MAX_CHAT:
-        raise UserError(f"the chat has more than {MAX_CHAT >> 20} MiB", PLACE)
+        raise UserError(f"the chat is larger than {MAX_CHAT >> 20} MiB", PLACE)
     kind, text = _RENDERER.ask(request)
     if kind == "limit":
         name = " ".join(template.split())[:60]
-        raise TemplateLimit(text, f"{PLACE} {name!r}", "choose another by data.chat_template")
+        raise TemplateLimit(text, f"{PLACE} {name!r}", "choose another with data.chat_template")
     if kind == "error":
         raise UserError(text, PLACE)
     return text
 
 
 def is_own(template: str) -> bool:
-    """Whether a template is from this repository, possibly with a system prompt that `with_system` has added."""
+    """Whether a template is from this repository, possibly with a system prompt added by `with_system`."""
     if not _OWN:
         _OWN.update([DEFAULT_TEMPLATE, *(path.read_text("utf-8") for path in TEMPLATES.glob("*.jinja"))])
     return template in _OWN
 
 
 def with_system(template: str, system: str) -> str:
-    """Extends a template by a system prompt, which is used for chats that have no system prompt."""
+    """Adds a default system prompt to a template, for chats without a system prompt of their own."""
     text = json.dumps(system, ensure_ascii=False)
     head = "{% if not messages or messages[0]['role'] not in ['system', 'developer'] %}{% set messages = "
     out = f"{head}[{{'role': 'system', 'content': {text}}}] + messages %}}{{% endif %}}{template}"
@@ -90,8 +91,8 @@ def with_system(template: str, system: str) -> str:
 
 
 def twin(text: str) -> str:
-    """The name of a template in TEMPLATES that is of the same model family as a given template, and can replace the
-    given template in training. Returns "" if there is no such template."""
+    """The name of the template in TEMPLATES for the same model family as the given template, which it can replace in
+    training. Returns "" if there is no such template."""
     return next((name for name, marks in FAMILIES.items() if all(mark in text for mark in marks)), "")
 
 

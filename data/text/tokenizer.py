@@ -1,5 +1,5 @@
-"""Converts text to token ids and back. A tokenizer of any file format is converted to a `tokenizers.Tokenizer` with the
-ids of a few special tokens."""
+"""Converts text to token ids and back. Whatever its file format, a tokenizer is converted to a `tokenizers.Tokenizer`
+plus the ids of a few special tokens."""
 
 import hashlib
 import json
@@ -17,15 +17,15 @@ from common.errors import UserError, panics_unprinted, reading
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Core
 
-# The chat template for models without a chat template. This template writes only plain headings and the end token,
-# which any vocabulary can encode.
+# The default chat template, for models without one. It writes only plain headings and the end token, which any
+# vocabulary can encode.
 DEFAULT_TEMPLATE = (
     "{% for m in messages %}{{ '### ' ~ m['role'] ~ '\\n' ~ m['content'] }}"
     "{{ eos_token if m['role'] == 'assistant' else '' }}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"
 )
 # Tokens that end a turn in the chat templates of known model families. Such a token ends an answer only if the
-# tokenizer's own chat template contains the token.
+# tokenizer's own chat template contains it.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|return|>", "<|eot|>")
 
 
@@ -34,8 +34,8 @@ class NoTokenizer(UserError):
 
 
 class Absent:
-    """A placeholder for the tokenizer of a model that has no tokenizer. The model still works with token ids, but any
-    use of the placeholder raises UserError."""
+    """Stands in for the tokenizer of a model that has none. The model still works with token ids, but any use of the
+    tokenizer raises UserError."""
 
     def __init__(self, error: NoTokenizer):
         self.error = error
@@ -69,7 +69,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.tool_template = tool_template  # chat template for chats with tools, if the model has a separate one
         self.extra_eos = tuple(extra_eos)
-        self.reads_control = False  # whether text that spells a control token is always read as this token
+        self.reads_control = False  # whether text that spells a control token is always read as that token
         self._lock = threading.Lock()
 
     @property
@@ -144,9 +144,9 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> "Core":
-        """The version of `core` that treats text that spells a control token as plain text. A unigram model would find
-        the names of control tokens in its vocabulary, where they have the best score. Therefore the names of control
-        tokens are replaced, and the names of byte tokens get the worst score."""
+        """The version of `core` that reads the names of control tokens as plain text. A unigram model would find these
+        names in its vocabulary, where they have the best score. In this version, they are therefore replaced, and the
+        names of byte tokens get the worst score."""
         from tokenizers import Tokenizer as Core
         from tokenizers import models
 
@@ -168,8 +168,8 @@ class Tokenizer:
         """Returns a function that takes the next token id of an answer to `prompt`, and returns the text that this id
         adds. The bytes of an incomplete character are held back.
 
-        The prompt is needed because some decoders strip the leading space of a text. Without the prompt, the leading
-        space of the answer would be lost.
+        The prompt is needed because some decoders strip the leading space of a text. Without the prompt, the answer
+        would lose its leading space.
         """
         from tokenizers.decoders import DecodeStream
 
@@ -233,8 +233,8 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """A hash that is equal for tokenizers that give equal ids and render equal chats, regardless of where the
-        tokenizers were loaded from."""
+        """A hash of everything that affects token ids and rendered chats. It does not depend on where the tokenizer was
+        loaded from."""
         template = self.chat_template or DEFAULT_TEMPLATE
         prefix = self.add_bos if self.prefix in ((), (self.bos_id,)) else self.prefix
         ids = [self.bos_id, self.eos_id, self.pad_id, prefix, self.extra_eos]

@@ -10,7 +10,7 @@ from common.methods import find
 from common.types import Config
 from data.text.tokenizer import Tokenizer
 
-Row = dict[str, np.ndarray]  # one row of an lm batch, with arrays [T], and with columns as scalars
+Row = dict[str, np.ndarray]  # one row of an lm batch: arrays [T], and scalars for the columns
 
 
 class View(NamedTuple):
@@ -18,7 +18,7 @@ class View(NamedTuple):
     unchanged.
 
     All rows that `apply` returns have the same shapes. `rng` depends only on the seed, the step and the row's position
-    in the batch, so that any number of hosts computes the same batches.
+    in the batch, so the batches do not depend on the number of hosts.
     """
 
     apply: Callable[[Row, np.random.Generator], Row] | None = None

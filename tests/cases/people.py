@@ -198,7 +198,7 @@ ROWS = {  # name: what came of it, what is right
                                           {"from": "observation", "value": "1"}, {"from": "gpt", "value": "A"}]}, CALLS),
         SUM + ENDS,
     ),
-    "calls that a template drops": (lambda: "no place for the calls of tools" in refused(called, {"a": 1}, CHATML), True),
+    "calls that a template drops": (lambda: "does not render tool calls" in refused(called, {"a": 1}, CHATML), True),
     "tools as JSON": (lambda: whole({"messages": [U, A], "tools": json.dumps([TOOL])}, CALLS)[:9], '{"type": '),
     "a bare function": (lambda: whole({"messages": [U, A], "functions": [TOOL["function"]]}, CALLS)[:9], '{"type": '),
     "thoughts in a field": (
@@ -342,7 +342,7 @@ FILES = {
     "semicolons": (lambda p: rows_of(p / "x.csv", b"prompt;completion\nQ;A, b\n"), [ROW]),
     "tabs": (lambda p: rows_of(p / "x.tsv", b"prompt\tcompletion\nQ\tA, b\n"), [ROW]),
     "a packed CSV": (lambda p: rows_of(p / "x.csv.gz", gzip.compress(TABLE)), [ROW]),
-    "a short line of a CSV": (lambda p: rows_of(p / "x.csv", TABLE + b"Q\r\n")[1:], ["1 cells where the header has 2"]),
+    "a short line of a CSV": (lambda p: rows_of(p / "x.csv", TABLE + b"Q\r\n")[1:], ["1 cells, but the header has 2"]),
     "lines in a .json": (lambda p: rows_of(p / "x.json", json.dumps(ROW).encode() * 1 + b"\n"), [ROW]),
     "a list of JSON": (lambda p: rows_of(p / "x.json", json.dumps([ROW, ROW], indent=1).encode()), [ROW, ROW]),
     "a list that breaks off": (lambda p: len(rows_of(p / "x.json", b'[{"a": 1}, {"b"')), 2),
