@@ -153,7 +153,7 @@ def test_the_sandbox_refuses(attack):
 def test_a_limit_is_one_line_that_names_the_template_and_the_next_chat_is_rendered(attack, limit):
     with pytest.raises(template.TemplateLimit) as error:
         template.render(attack, messages=TURNS)
-    assert str(error.value).startswith(f"chat template {attack[:60]!r} · it ") and limit in str(error.value)
+    assert str(error.value).startswith(f"chat template {attack[:60]!r} · ") and limit in str(error.value)
     assert template.render("{{ messages[0].content }}", messages=TURNS) == "Hi"
 
 
