@@ -6,10 +6,10 @@ fit in the VMEM of v5p and TPU7x.
 
 from typing import NamedTuple
 
-VMEM = 60 * 2**20  # largest use of VMEM in bytes; TPU v5p and TPU7x have 64 MiB per core
+VMEM = 60 * 2**20  # limit on the use of VMEM, in bytes; TPU v5p and TPU7x have 64 MiB per core
 
-# The size of a block, as (rows of x, columns of W, rows of W).
-# To be efficient, a decoding step needs 2 million weights per block, and a prefill on v6e needs 560 FLOPs per byte.
+# The size of a block, as (rows of x, columns of W, rows of W). To be efficient, a decoding step needs blocks of 2
+# million weights, and a prefill on v6e needs 560 FLOPs per byte.
 INT4_FEW = (128, 768, 6144)
 INT4 = (1024, 2048, 1024)
 NF4 = (4096, 128)  # rows and columns of W
@@ -20,18 +20,18 @@ class GpuTile(NamedTuple):
 
     rows: int  # rows of x
     columns: int  # columns of W
-    depth: int  # rows of packed bytes of W that are read per step
+    depth: int  # rows of packed bytes of W read per step
     warps: int
-    busy: int  # desired warps per multiprocessor; the rows of W are split over programs to get them
+    busy: int  # desired warps per multiprocessor, reached by splitting the rows of W over more programs
 
 
 # {largest number of rows of x: tile}. Each tile is the fastest of 8 to 20 candidates on an H100, for int4 and int8.
 CODES_TRITON = {16: GpuTile(16, 64, 64, 4, busy=16), 256: GpuTile(64, 128, 64, 4, busy=8)}
-PROCESSORS = 132  # multiprocessors of an H100
+PROCESSORS = 132  # number of multiprocessors of an H100
 
 
 def cut(size: int, limit: int, tile: int) -> int:
-    """Returns the block size for a dimension of `size`, which is `size` itself if it is at most `limit`.
+    """Returns the block size for a dimension of length `size`. If `size` is at most `limit`, this is `size` itself.
 
     For a larger `size`, the block size is the multiple of `tile` between limit / 2 and `limit` that needs the least
     padding. If several multiples need the same padding, the largest of them is returned.

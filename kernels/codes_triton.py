@@ -1,17 +1,18 @@
-"""Computes y = x W on an NVIDIA GPU, in Triton, where W has at most 8 bits per weight.
+"""Computes y = x W on an NVIDIA GPU, in Triton, where W is quantized to at most 8 bits per weight.
 
-The kernel reads the codes of W directly, whereas XLA would first write W as floats.
+The kernel reads the codes of W (its quantized weights) directly, whereas XLA would first convert W to floats in memory.
 
-Each program multiplies some of the rows of W in a block of columns. In a decoding step, there are too few columns to
-keep a GPU busy, so the rows are also split over programs, and XLA adds their partial sums. The speed depends on the
-number of bytes in flight, that is, on how many loads from memory are pending at the same time.
+Each program multiplies by a part of the rows of W, for one block of columns. In a decoding step, W has too few blocks
+of columns to keep a GPU busy, so the rows are also split over programs, and XLA adds their partial sums. The speed
+depends on the number of bytes in flight, that is, on how many loads from memory are pending at the same time.
 
-The transposed W is the first operand of the tensor cores, which is kept in registers. As the second operand, W would
-pass through shared memory byte by byte. On the tensor cores, a few rows of x take no longer than one row. Without
-tensor cores, an H100 takes the same time for one row, but 1.6 times as long for four rows.
+The tensor cores get the transposed W as their first operand, because this operand is kept in registers. The second
+operand would pass through shared memory byte by byte. On the tensor cores, multiplying a few rows of x takes no longer
+than multiplying one row. Without tensor cores, an H100 takes the same time for one row, but 1.6 times this time for
+four rows.
 
-For the gradient, and if x has more than MOST rows, XLA computes the product. XLA writes W as floats, but this takes
-little time compared with a large product.
+For the gradient, and if x has more than MOST rows, XLA computes the product. It then converts W to floats in memory,
+but this takes little time compared with such a large product.
 """
 
 import functools
@@ -27,10 +28,10 @@ from jax.typing import ArrayLike, DTypeLike
 from kernels import blocks
 from kernels.packing import LEVELS
 
-MOST = 256  # largest number of rows of x
+MOST = 256  # largest number of rows of x that the kernel accepts
 
-# A function that converts bytes to a list of bfloat16 arrays, one for each row of W that shares a byte.
-# The second argument of this function looks up the levels of NF4.
+# A function that converts packed bytes to a list of bfloat16 arrays, one for each of the rows of W that share a byte.
+# Its second argument is a function that looks up NF4 levels.
 Form = Callable[[Array, Callable], list[Array]]
 
 
@@ -42,7 +43,8 @@ def plain(codes: Array, _: Callable) -> list[Array]:
 def int4(codes: Array, _: Callable) -> list[Array]:
     """Converts 4-bit integers to bfloat16 without a conversion instruction, which would be slow on a GPU.
 
-    The four bits are put into the mantissa of the number 128, and then 136 is subtracted.
+    The four bits, with the sign bit flipped, become the lowest mantissa bits of 128. This gives 128 + 8 + value, so 136
+    is subtracted.
     """
     number = lambda nibbles: jax.lax.bitcast_convert_type(nibbles.astype(jnp.uint16) ^ 0x4308, jnp.bfloat16)
     return [number(nibbles) - jnp.bfloat16(136) for nibbles in (codes & 15, codes >> 4)]
@@ -60,7 +62,7 @@ def supported(form: str, rows: int, k: int, group: int, dtype: DTypeLike) -> boo
     """Returns whether `matmul` accepts `rows` rows of x in this dtype, and a matrix W with `k` rows.
 
     A group must have 32, 64 or 128 rows, or be a whole column. `matmul` splits a float32 x into three bfloat16 numbers,
-    so that products with int4 and 8-bit codes, which are exact in bfloat16, keep their precision. NF4 levels are not
+    so that no precision is lost in products with int4 and 8-bit codes, which are exact in bfloat16. NF4 levels are not
     exact in bfloat16, so NF4 is only supported for a bfloat16 x.
     """
     few = rows <= MOST if dtype == jnp.bfloat16 else dtype == jnp.float32 and 3 * rows <= MOST and form != "nf4"
@@ -70,16 +72,17 @@ def supported(form: str, rows: int, k: int, group: int, dtype: DTypeLike) -> boo
 def matmul(
     x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike | None = None, form: Form = int4
 ) -> Array:
-    """Multiplies x [M, K] by W [K, N], accumulates in float32, and returns [M, N] of `dtype` (None: that of x).
+    """Multiplies x [M, K] by W [K, N], accumulates in float32, and returns [M, N] in `dtype` (by default, that of x).
 
-    W is given as bytes `codes` [K / R, N], each of which has the codes of R rows, and `scale` [ceil(K / group), N].
+    W is given as `codes` and `scale` [ceil(K / group), N]. `codes` is an array of bytes [K / R, N], each of which has
+    the codes of R rows.
     """
     dtype = dtype or x.dtype
     if x.dtype == jnp.bfloat16:
         return _call(x, codes, scale, group, dtype, form)
     rest, parts = x, []
     for _ in range(3):
-        parts.append(jax.lax.reduce_precision(rest, 8, 7))  # XLA would remove a cast to bfloat16 and back
+        parts.append(jax.lax.reduce_precision(rest, 8, 7))  # XLA would optimize away a cast to bfloat16 and back
         rest = rest - parts[-1]
     y = _call(jnp.concatenate(parts).astype(jnp.bfloat16), codes, scale, group, jnp.float32, form)
     return y.reshape(3, len(x), -1).sum(0).astype(dtype)
@@ -88,7 +91,7 @@ def matmul(
 def _call(x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike, form: Form) -> Array:
     """Runs one program for each block of rows of x, block of columns of W, and part of the rows of W.
 
-    The results for different parts of the rows of W are then added.
+    Then adds the results for the different parts of the rows of W.
     """
     (m, k), (height, n) = x.shape, codes.shape
     each = -(-k // height)
@@ -119,7 +122,7 @@ def _body(
     form: Form, shape: tuple[int, int, int], by: tuple[int, int, int],
     levels_ref: Ref, x_ref: Ref, w_ref: Ref, s_ref: Ref, y_ref: Ref,
 ) -> None:  # fmt: skip
-    (m, n, height), (group, depth, per), (rows, columns) = shape, by, y_ref.shape  # group, depth: rows of bytes
+    (m, n, height), (group, depth, per), (rows, columns) = shape, by, y_ref.shape  # group, depth: in rows of bytes
     i, j, first = pl.program_id(0), pl.program_id(1), pl.program_id(2) * per
     turns, one = jnp.minimum(per, pl.cdiv(height, depth) - first), len(s_ref) == 1
     there, inside = _inside(i * rows, rows, m, 0), _inside(j * columns, columns, n, 1)
@@ -133,7 +136,8 @@ def _body(
         coming = codes(first + jnp.minimum(turn + 1, turns - 1))  # loads the next codes while `held` is multiplied
         mask = _all(there, _inside(at * depth, depth, height, 1))
         x = lambda place: triton.load(x_ref.at[place, :, pl.ds(at * depth, depth)], mask=mask, other=_none(mask))
-        numbers = form(held, level)  # computes all products before their sum, since other orders spill registers
+        # The products are all computed before they are added, because other orders spill registers.
+        numbers = form(held, level)
         y = sum([jnp.dot(w.T, x(jnp.int32(p)).T, preferred_element_type=jnp.float32) for p, w in enumerate(numbers)])
         return coming, total + (y if one else y * scale(at * depth // group).reshape(columns, 1))
 
@@ -143,7 +147,7 @@ def _body(
 
 
 def _inside(start: ArrayLike, size: int, total: int, axis: int) -> Array | None:
-    """Returns a mask of `size` rows (axis 0) or columns (axis 1) that begin at `start`: True inside the array.
+    """Returns a mask for `size` rows (axis 0) or columns (axis 1) from `start` on, which is True inside the array.
 
     If every block is full, no mask is needed, and the result is None.
     """

@@ -1,9 +1,10 @@
 """Multiplies a few rows of x by a quantized matrix W on a CPU, in the time that it takes to read the codes of W.
 
 XLA's CPU backend only multiplies floats. In a decoding loop, XLA would convert the codes to floats before the loop, and
-then read four or eight times as many bytes in every step. But XLA generates fast code for partial sums over SUMMED rows
-of W each, and converts the codes while it reads them. The partial sums are then added by a product with ones, because
-XLA would fuse a plain sum with the partial sums into a slow library routine.
+then read four or eight times as many bytes in every step. This module therefore computes partial sums, each over SUMMED
+rows of W, because XLA generates fast code for them that converts the codes while it reads them. The partial sums are
+then added by multiplying with ones, because XLA would fuse a plain sum and the partial sums into a slow library
+routine.
 """
 
 from collections.abc import Callable
@@ -14,25 +15,28 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-MOST = 4  # largest number of rows of x; each row converts the codes again, so more rows are faster with floats
+# Largest number of rows of x. The codes are converted again for each row, so for more rows, multiplying floats is
+# faster.
+MOST = 4
 SUMMED = 16  # rows of W per partial sum; with more rows, XLA does not vectorize the sum
 
 
 def supported(rows: int, k: int, group: int, transposed: bool) -> bool:
-    """Returns whether `matmul` accepts `rows` rows of x and a matrix W with `k` rows, in groups of `group` rows."""
+    """Returns whether `matmul` accepts an x with `rows` rows and a W with `k` rows, in groups of `group` rows."""
     return rows <= MOST and k % group == 0 and group % (64 if transposed else SUMMED) == 0
 
 
 def matmul(
     x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike, *, unpack_rows: Callable, transposed: bool
 ) -> Array:
-    """Multiplies x [M, K] by W [K, N], given as bytes `codes` [K / R, N] and `scale` [K / group, N] -> [M, N].
+    """Multiplies x [M, K] by W [K, N], and returns [M, N]. W is given as bytes `codes` [K / R, N] and `scale` [K /
+    group, N].
 
     Each byte has the codes of R adjacent rows of W. The function `unpack_rows` converts bytes to R arrays of numbers,
     one for each of these rows. If `transposed`, the codes are stored as [N, K / R].
     """
     each = x.shape[1] // len(codes)
-    halves = max(2 // each, 1)  # if two arrays are summed at once, XLA does not use a slow library routine
+    halves = max(2 // each, 1)  # summing two arrays at once keeps XLA from using a slow library routine
     stored = codes.T if transposed else codes
     # Without the barrier, XLA would dequantize W before the decoding loop.
     x, stored = jax.lax.optimization_barrier((x.astype(jnp.float32), stored))

@@ -1,8 +1,8 @@
 """Computes y = x W on a TPU, where W consists of 4-bit integers with one scale per group of rows.
 
-Without this kernel, XLA would write all of W as floats. If x has few rows, most of the time is spent reading W. For few
-rows, the kernel multiplies x by the codes of each group, and scales the product instead of the weights, which takes M N
-multiplications per group. If x has many rows, most of the time is spent multiplying. For many rows, the kernel
+Without this kernel, XLA would convert all of W to floats in memory. If x has few rows, most of the time is spent
+reading W. The kernel then multiplies x by the codes of each group, and scales the product instead of the weights, which
+only takes M * N multiplications per group. If x has many rows, most of the time is spent multiplying. The kernel then
 dequantizes blocks of W in VMEM while the MXU multiplies.
 """
 
@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 from kernels import blocks, tiled
 from kernels.blocks import cut
 
-FEW = 128  # with at most this number of rows of x, the products are scaled instead of the weights
-UNPACKED = 256  # rows of W that are unpacked at once if the products are scaled
+FEW = 128  # up to this number of rows of x, the products are scaled instead of the weights
+UNPACKED = 256  # number of rows of W unpacked at once if the products are scaled
 
 
 def supported(k: int, n: int, group: int) -> bool:
@@ -31,7 +31,7 @@ def supported(k: int, n: int, group: int) -> bool:
 
 
 def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike | None = None) -> Array:
-    """Multiplies x [M, K] by W [K, N], accumulates in float32, and returns [M, N] of `dtype` (None: that of x).
+    """Multiplies x [M, K] by W [K, N], accumulates in float32, and returns [M, N] in `dtype` (by default, that of x).
 
     W is given as `packed` bytes [K / 2, N] and `scale` [ceil(K / group), N].
     """
@@ -43,7 +43,7 @@ def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike |
 
 
 def gradient(g: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike | None = None) -> Array:
-    """Returns the gradient [M, K] for x, which is g [M, N] times the transposed W, without a dequantized copy of W."""
+    """Returns the gradient [M, K] for x: g [M, N] times the transposed W. Makes no dequantized copy of W."""
     (m, n), k = g.shape, 2 * packed.shape[0]
     bm, bn, bk = blocks.INT4
     block = cut(m, bm, 16), _rows(k, bk, group), cut(n, bn, 256)
@@ -54,14 +54,14 @@ def gradient(g: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike
 def _rows(k: int, limit: int, group: int) -> int:
     """Returns the number of rows of W per block.
 
-    This number is a multiple of the size of eight groups, so that their scales fill a tile, and a multiple of 128, so
-    that the columns of x fill a tile.
+    It is a multiple of eight groups, so that their scales fill a tile, and a multiple of 128, so that the columns of x
+    fill a tile.
     """
     return cut(k, limit, max(8 * group, 128))
 
 
 def _int4(w: tiled.W, w_ref: Ref, at: int = 0, size: int | None = None) -> Array:
-    """Unpacks a block of W to int4: all rows, or `size` rows that start at row `at`. Two adjacent rows share a byte."""
+    """Unpacks a block of W to int4: all rows from `at` on, or `size` of them. Two adjacent rows share a byte."""
     rows = slice(at // 2, None if size is None else (at + size) // 2)
     return pltpu.bitcast(w_ref[:, rows].T if w.by_columns else w_ref[rows], jnp.int4)
 

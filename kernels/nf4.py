@@ -1,10 +1,10 @@
 """Dequantizes a matrix W [K, N] of NF4 codes on a TPU, or multiplies by W directly if x has few rows.
 
-With many rows of x, a kernel that multiplies by W directly would dequantize W again for every block of rows. So W is
-dequantized first, and XLA multiplies. This kernel looks up the level of each code three times as fast as XLA does. Each
-32-bit word of packed bytes has the codes of eight rows of a column. The sixteen levels are split into two tables of
-eight, and each table fills a register with eight sublanes. A gather along sublanes looks up all codes of a register at
-once. The fourth bit of a code selects one of the two tables.
+If x has many rows, a kernel that multiplies by W directly would dequantize W again for every block of rows. So W is
+dequantized first, and XLA multiplies. The kernel that dequantizes looks up the level of each code, three times as fast
+as XLA does. Each 32-bit word of packed bytes has the codes of eight rows of a column. The sixteen levels are split into
+two tables of eight, and each table fills a register with eight sublanes. A gather along sublanes looks up all codes of
+a register at once. The fourth bit of a code selects one of the two tables.
 """
 
 import functools
@@ -20,7 +20,7 @@ from kernels import blocks, tiled
 from kernels.blocks import cut
 from kernels.packing import LEVELS, by_columns
 
-REGISTER = 64  # rows of W whose codes fit in a register of 32-bit words
+REGISTER = 64  # number of rows of W whose codes fit in a register of 32-bit words
 FEW = 128  # largest number of rows of x that `matmul` accepts; for more rows, W is dequantized first
 
 
@@ -52,7 +52,8 @@ def dequantize(packed: Array, scale: Array, group: int) -> Array:
 
 
 def matmul(x: Array, packed: Array, scale: Array, group: int, dtype: DTypeLike | None = None) -> Array:
-    """Multiplies x [M, K] by W, sums in float32, and returns [M, N] of `dtype` (None: that of x). M is at most FEW."""
+    """Multiplies x [M, K] by W, sums in float32, and returns [M, N] in `dtype` (by default, that of x). M is at most
+    FEW."""
     (m, k), n = x.shape, packed.shape[1]
     rows, columns = cut(k, blocks.NF4[0], 8 * group), blocks.NF4[1]
     block, at = (cut(m, FEW, 16), columns, rows), lambda i, j, l: (l, j)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-LANES = 128  # columns of a TPU register
+LANES = 128  # number of columns of a TPU register
 
 # The levels of NF4, which are quantiles of a normal distribution (Dettmers et al. 2023, arXiv 2305.14314, appendix E).
 LEVELS = (
@@ -25,13 +25,13 @@ def pack(codes: Array, bits: int = 4) -> Array:
 
 
 def unpack(packed: Array, k: int, bits: int = 4) -> Array:
-    """Reverses `pack`, and returns the codes of the first k rows as uint8 [..., k, N]."""
+    """Reverses `pack`: returns the codes of the first k rows as uint8 [..., k, N]."""
     rows = jnp.stack([packed >> bits * i & (2**bits - 1) for i in range(8 // bits)], -2)
     return rows.reshape(*packed.shape[:-2], -1, packed.shape[-1])[..., :k, :]
 
 
 def signed(nibbles: Array) -> Array:
-    """Converts four bits in two's complement to int8, from -8 to 7."""
+    """Converts four-bit numbers in two's complement to int8, with values from -8 to 7."""
     return (nibbles ^ 8).astype(jnp.int8) - 8
 
 

@@ -1,8 +1,8 @@
 """Computes y = x A B for a batch in which each row has its own LoRA factors A and B, of any rank.
 
-The factors of all adapters are concatenated along the rank into two arrays, which are called stacks: the transposed A
-of all adapters is [C,K], and B is [C,N]. Like a paged key-value cache, the stacks are divided into pages of PAGE rows.
-Each page belongs to one adapter, and the last page of an adapter is padded with zeros (S-LoRA: Sheng et al. 2023, arXiv
+The factors of all adapters are concatenated along the rank axis into two arrays, called stacks: A (transposed) of shape
+[C,K] and B of shape [C,N]. Like a paged key-value cache, the stacks are divided into pages of PAGE rows. Each page
+belongs to one adapter, and the last page of an adapter is padded with zeros (S-LoRA: Sheng et al. 2023, arXiv
 2311.03285; Punica: Chen et al. 2023, arXiv 2310.18547).
 """
 
@@ -23,8 +23,8 @@ from jax.typing import DTypeLike
 from kernels import blocks, paged_lora_triton, partition
 from kernels.partition import Axes
 
-PAGE = 16  # rows of a stack per page, which fill one bfloat16 tile of a TPU
-STEP = 8  # pages that are multiplied at once, since their 128 rows fill an MXU
+PAGE = 16  # number of rows of a stack per page; they fill one bfloat16 tile of a TPU
+STEP = 8  # number of pages multiplied at once; their 128 rows fill an MXU
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -33,11 +33,11 @@ Indices = Array | np.ndarray | np.integer  # int32
 
 
 class Route(NamedTuple):
-    """The pages of LoRA factors that each row of a batch uses, as (page, row) pairs."""
+    """The pages of LoRA factors that each row of a batch uses, stored as (page, row) pairs."""
 
     pages: Indices  # [P] the distinct pages in use, padded with -1; P is a multiple of STEP
-    which: Indices  # [P] the index into `pages` of each pair, in ascending order
-    row: Indices  # [P] the batch row of each pair, padded with -1
+    which: Indices  # [P] for each pair, the index of its page in `pages`, in ascending order
+    row: Indices  # [P] for each pair, its row in the batch, padded with -1
     count: Indices  # [] the number of pairs
 
 
@@ -56,8 +56,7 @@ def route(pairs: list[tuple[int, int]], room: int) -> Route:
 def reference(x: Array, a: Array, b: Array, route: Route) -> Array:
     """Computes the same as `matmul` in a simple but slow way, as a reference for tests.
 
-    Every batch row is multiplied by the whole stacks, and the results of all pages that the row does not use are set to
-    0.
+    Multiplies every batch row by the whole stacks, and sets the results to 0 for all pages that the row does not use.
     """
     page = jnp.where(route.row < 0, len(a), route.pages[route.which])
     one = jnp.zeros((len(x), len(a) // PAGE), x.dtype).at[route.row, page].set(1, mode="drop")
@@ -69,12 +68,12 @@ def reference(x: Array, a: Array, b: Array, route: Route) -> Array:
 def product(
     x: Array, a: Array, b: Array, route: Route, rows: Sequence[Axes], split: Sequence[Axes], dtype: DTypeLike
 ) -> Array:
-    """Multiplies each row of x [B,T,K] by its own pages of the stacks A [C,K] and B [C,N] -> [B,T,N].
+    """Multiplies each row of x [B,T,K] by its own pages of the stacks A [C,K] and B [C,N], and returns [B,T,N].
 
-    If x is [B,T], it has token ids, which select columns of A. Under a mesh, the dimensions B and T are sharded over
-    the mesh axes `rows`, and K and N over `split`. The stacks are not sent between devices. Each device multiplies the
-    batch rows that need its part of A, and then the batch rows that need its part of B, and only reads the pages of
-    these rows. Between the two products, the small array x A is summed over the mesh axes that shard K, and over those
+    If x is [B,T], it contains token ids, each of which selects a column of A. Under a mesh, the dimensions B and T are
+    sharded over the mesh axes `rows`, and K and N over `split`. The stacks are not sent between devices. Each device
+    first multiplies by its part of A, and then by its part of B: only the batch rows that need this part, and only
+    their pages. Between the two products, the small array x A is summed over the mesh axes that shard K, and over those
     that shard both N and the batch. If there are no such axes, one kernel computes both products, as on one device.
     Otherwise, a GPU runs one kernel per product, and a TPU runs loops in XLA.
     """
@@ -100,19 +99,19 @@ def product(
 
 
 def own(route: Route, axes: Axes, rows: int) -> tuple[Route, Array | slice, Array | slice]:
-    """Selects from `route` the pairs whose batch rows are on this device. Each device has `rows` rows.
+    """Selects from `route` the pairs whose batch rows are on this device. Each device has `rows` batch rows.
 
     The batch is sharded over the mesh axes `axes`. Returns a Route of the selected pairs, and two index arrays [P]. The
-    first array has the index in `route` of each selected pair. The second array has the index in the new Route of each
-    pair in `route`, or P if the pair belongs to another device. Pairs are selected by comparisons, since sorting a few
-    numbers on a device would be slow.
+    first array gives, for each selected pair, its index in `route`. The second array gives, for each pair in `route`,
+    its index in the new Route, or P if the pair belongs to another device. Pairs are selected by comparisons, because
+    sorting a few numbers would be slow on a device.
     """
     if not axes:
         return route, slice(None), slice(None)
     start, count = jax.lax.axis_index(axes) * rows, jnp.arange(len(route.row))
 
     def place(keep: Array) -> Array:
-        """Returns the index of each kept element among all kept elements, and P for all other elements."""
+        """Numbers the kept elements 0, 1, 2, ... in order. All other elements get P."""
         return jnp.where(keep, jnp.cumsum(keep) - 1, len(count))
 
     def first(keep: Array) -> Array:
@@ -129,7 +128,7 @@ def own(route: Route, axes: Axes, rows: int) -> tuple[Route, Array | slice, Arra
 
 
 def matmul(x: Array, a: Array, b: Array, route: Route) -> Array:
-    """Multiplies each row of x [B,T,K] by its own pages of the stacks a [C,K] and b [C,N] -> [B,T,N].
+    """Multiplies each row of x [B,T,K] by its own pages of the stacks a [C,K] and b [C,N], and returns [B,T,N].
 
     The result has the dtype of x, and is 0 for rows without a page.
     """
@@ -141,7 +140,7 @@ def matmul(x: Array, a: Array, b: Array, route: Route) -> Array:
 
 
 def loop(x: Array, a: Array, b: Array, route: Route) -> Array:
-    """Computes `matmul` in XLA, by one loop that does the work of `_shrink` and of `_expand`.
+    """Computes `matmul` in XLA, with one loop that does the work of both `_shrink` and `_expand`.
 
     On a CPU, this is a few percent faster than two loops.
     """
@@ -155,7 +154,8 @@ def loop(x: Array, a: Array, b: Array, route: Route) -> Array:
 
 
 def shrink(x: Array, a: Array, route: Route) -> Array:
-    """Multiplies a row of x by a page of A for each of P pairs -> [P,T,PAGE] in float32, with 0 for unused pairs."""
+    """For each of P pairs, multiplies its row of x by its page of A. Returns [P,T,PAGE] in float32, with 0 for unused
+    pairs."""
     if x.shape[1] > 1:
         return _shrink(x, a, route)
     cuda = lambda x, a, route: paged_lora_triton.shrink(x[:, 0], _pages(a), route).sum(0)[:, None]
@@ -171,7 +171,7 @@ def _shrink(x: Array, a: Array, route: Route) -> Array:
 
 
 def lookup(ids: Array, a: Array, route: Route) -> Array:
-    """Computes `shrink` for one-hot rows of x that are given as token `ids` [B,T].
+    """Computes `shrink` for one-hot vectors x, given as token `ids` [B,T].
 
     The result is 0 for ids outside the columns of A that this device has.
     """
@@ -181,7 +181,8 @@ def lookup(ids: Array, a: Array, route: Route) -> Array:
 
 
 def expand(low: Array, b: Array, route: Route, rows: int, dtype: DTypeLike) -> Array:
-    """Multiplies the result `low` [P,T,PAGE] of `shrink` by B, and adds the products of each batch row -> [B,T,N]."""
+    """Multiplies `low` [P,T,PAGE], the result of `shrink`, by B. Returns [B,T,N], the sum of the products for each
+    batch row."""
     loop = lambda *args: _expand(*args, rows, dtype)
     if low.shape[1] > 1:
         return loop(low, b, route)
@@ -202,16 +203,17 @@ def _pages(stack: Array) -> Array:
 
 
 def _read(stack: Array, page: Array, dtype: DTypeLike) -> Array:
-    """Reads pages of a stack. Without the barrier, a CPU would convert the whole stack to float32 before the loop."""
+    """Reads pages of a stack. Without the barrier, XLA would convert the whole stack to float32 before the loop on a
+    CPU."""
     stack, page = jax.lax.optimization_barrier((stack, page))
     return _pages(stack)[page].astype(dtype)
 
 
 def _fold(some: Callable, route: Route, start: Array, rows: int) -> Array:
-    """Loops over all pairs, and in each step updates the result by `some(pairs, their pages, their rows, result)`.
+    """Loops over all pairs. Each step replaces the result by `some(pairs, their pages, their rows, result)`.
 
-    With one token per row, a step processes B pairs. With more tokens per row, a step processes one pair, by products
-    of two matrices.
+    With one token per row, a step processes B pairs. With more tokens per row, a step processes one pair, as a product
+    of matrices.
     """
     width, pages = rows if start.shape[1] == 1 else 1, route.pages[route.which]
 
@@ -227,7 +229,7 @@ def supported(x: Array, a: Array, b: Array) -> bool:
     """Returns whether `decode` accepts these arrays.
 
     K and N must be multiples of 128, so that XLA stores the stacks in the layout that the kernel reads. The blocks must
-    fit in VMEM. The dtype must not be float16, which TPUs do not support.
+    fit in VMEM. The dtype must not be float16, because TPUs do not support it.
     """
     rows, k, n = -(-len(x) // 16) * 16, a.shape[1], b.shape[1]
     memory = 2 * STEP * PAGE * (k + n) * a.dtype.itemsize + rows * (2 * k * x.dtype.itemsize + 3 * n * 4)
@@ -237,9 +239,9 @@ def supported(x: Array, a: Array, b: Array) -> bool:
 def decode(x: Array, a: Array, b: Array, route: Route) -> Array:
     """Computes `matmul` on a TPU for one token per row, and sums in float32.
 
-    Each page is read once, even if several rows use it. The kernel reads the pages of a step while it multiplies the
-    pages of the previous step. Each page is multiplied by all rows of x, since the MXU takes little longer for 128 rows
-    than for one row. The products of rows with pages that they do not use are then set to 0.
+    Each page is read once, even if several rows use it. The kernel loads the pages of a step while it multiplies by the
+    pages of the previous step. All rows of x are multiplied by each page, because the MXU takes little longer for 128
+    rows than for one row. If a row does not use a page, their product is then set to 0.
     """
     rows, k, n, pairs = len(x), a.shape[1], b.shape[1], len(route.row)
     whole = lambda *shape: pl.BlockSpec(shape, lambda i: (0, 0))
@@ -264,7 +266,7 @@ def _decode(
 ) -> None:  # fmt: skip
     """The kernel of `decode`. `pages` [P] is in scalar memory, `which` is [P,1], and `row` is [1,P].
 
-    A and B have two buffers each, so that one buffer is loaded while the other buffer is multiplied.
+    A and B have two buffers each: while one is being loaded, the kernel multiplies by the other.
     """
     step = pl.program_id(0)
     within = lambda i: pl.ds(i * PAGE, PAGE)
@@ -306,9 +308,9 @@ def _decode(
 
 
 def _product(x: Array, a: Array, b: Array, which: Array, row: Array) -> Array:
-    """Multiplies x [B,K] by the pages A [STEP PAGE,K] and B [STEP PAGE,N] of a step -> [B,N].
+    """Multiplies x [B,K] by the pages of a step, A [STEP * PAGE,K] and B [STEP * PAGE,N], and returns [B,N].
 
-    Products of rows with pages that they do not use are set to 0.
+    If a row does not use a page, their product is set to 0.
     """
     dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
     iota = lambda shape, axis: jax.lax.broadcasted_iota(jnp.int32, shape, axis)

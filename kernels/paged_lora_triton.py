@@ -1,11 +1,11 @@
 """Multiplies by paged LoRA factors on an NVIDIA GPU, in Triton, if each batch row has one token.
 
-As in Punica's BGMV (Chen et al. 2023, arXiv 2310.18547), a program multiplies one row of x by one page. The speed is
-limited by memory bandwidth, so the tensor cores are not used. The kernel `shrink` multiplies by A. One program of
-`shrink` computes the partial sum of one (page, row) pair over one part of K. The kernel `expand` multiplies by B. One
-program of `expand` computes one block of columns of one row: it loops over the pairs of this row and adds the partial
-sums. There are no atomic operations, so results are reproducible. If several rows use the same page, it is read once
-for each of these rows, but from the L2 cache.
+As in Punica's BGMV kernel (Chen et al. 2023, arXiv 2310.18547), a program multiplies one row of x by one page. The
+speed is limited by memory bandwidth, so the tensor cores are not used. The kernel `shrink` multiplies by A. One program
+of `shrink` computes the partial sum of one (page, row) pair over one part of K. The kernel `expand` multiplies by B.
+One program of `expand` computes one block of columns of one row: it loops over the pairs of this row and adds the
+partial sums. There are no atomic operations, so results are reproducible. A page that several rows use is read once per
+row, but from the L2 cache.
 
 On an H100, these kernels are 4.7 to 8 times as fast as a loop in XLA (`results/gpu.md`).
 """
@@ -23,18 +23,19 @@ from jax.typing import DTypeLike
 if TYPE_CHECKING:
     from kernels.paged_lora import Route
 
-DEPTH, WIDTH, WARPS = 512, 256, 8  # columns of A, columns of B, and warps per program; four warps would spill registers
+# Per program: columns of A, columns of B, and warps. Four warps would spill registers.
+DEPTH, WIDTH, WARPS = 512, 256, 8
 
 
 def matmul(x: Array, a: Array, b: Array, route: "Route") -> Array:
-    """Multiplies each row of x [B,K] by its own pages of A [pages,R,K] and B [pages,R,N] -> [B,N]."""
+    """Multiplies each row of x [B,K] by its own pages of A [pages,R,K] and B [pages,R,N], and returns [B,N]."""
     return expand(shrink(x, a, route), b, route, len(x), x.dtype)
 
 
 def shrink(x: Array, a: Array, route: "Route") -> Array:
-    """Multiplies a row of x by a page of A for each of P pairs -> float32 partial sums [S,P,R] over S parts of K.
+    """For each of P pairs, multiplies its row of x by its page of A. Returns partial sums [S,P,R] over S parts of K.
 
-    The sums are 0 for unused pairs.
+    The sums are float32, and 0 for unused pairs.
     """
     (rows, k), (pages, ranks, _), pairs = x.shape, a.shape, len(route.row)
     parts = pl.cdiv(k, DEPTH)
@@ -55,14 +56,15 @@ def shrink(x: Array, a: Array, route: "Route") -> Array:
 def _shrink(k: int, pages_ref: Ref, which_ref: Ref, row_ref: Ref, x_ref: Ref, a_ref: Ref, low_ref: Ref) -> None:
     pair, part = pl.program_id(0), pl.program_id(1)
     row, page = row_ref[pair], pages_ref[which_ref[pair]]
-    there = (part * DEPTH + jnp.arange(DEPTH) < k) & (row >= 0)  # unused pairs have no row
+    there = (part * DEPTH + jnp.arange(DEPTH) < k) & (row >= 0)  # unused pairs have the row -1
     x = triton.load(x_ref.at[row], mask=there, other=0)
     a = triton.load(a_ref.at[page], mask=there[None], other=0)
     low_ref[...] = (x[None].astype(jnp.float32) * a.astype(jnp.float32)).sum(1)
 
 
 def expand(low: Array, b: Array, route: "Route", rows: int, dtype: DTypeLike) -> Array:
-    """Multiplies the partial sums `low` [S,P,R] by B, and adds the products of each batch row -> [B,N] of `dtype`."""
+    """Multiplies the partial sums `low` [S,P,R] by B. Returns [B,N] in `dtype`, the sum of the products for each batch
+    row."""
     (parts, pairs, _), (pages, ranks, n) = low.shape, b.shape
     power = pl.next_power_of_2  # Triton only loads blocks whose size is a power of two
     return pl.pallas_call(

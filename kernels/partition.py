@@ -1,4 +1,4 @@
-"""Runs kernels under a mesh. Each device multiplies by its own part of W, since XLA cannot partition a kernel."""
+"""Runs kernels under a mesh. XLA cannot partition a kernel, so each device multiplies by its own part of W."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -21,11 +21,11 @@ def product(
 ) -> Array:
     """Multiplies x [..., K] by W [K, N], or if `backward`, x [..., N] by the transposed W.
 
-    The leading dimensions of x are sharded over the mesh axes `rows`. The two dimensions of `w`, the codes and the
-    scales of W, are sharded over `split`. If a mesh axis shards both x and W, the packed W is all-gathered over this
-    axis. If another axis shards the dimension that is summed, the partial sums are all-reduced. If another axis shards
-    the other dimension of W, this axis also shards the result. The function `kernel(x, *w, dtype=)` multiplies matrices
-    on one device.
+    The leading dimensions of x are sharded over the mesh axes `rows`. `w` contains the codes and the scales of W. Their
+    two dimensions are sharded over `split`. If a mesh axis shards both x and W, the packed W is all-gathered over this
+    axis. If a mesh axis only shards W, there are two cases. If it shards the dimension that is summed, the partial sums
+    are all-reduced over it. If it shards the other dimension, it also shards the result. The function `kernel(x, *w,
+    dtype=)` multiplies matrices on one device.
     """
     taken = {a for axes in rows for a in axes}
     left = [tuple(a for a in axes if a not in taken) for axes in split]
@@ -45,7 +45,7 @@ def product(
 
 
 def elementwise(kernel: functools.partial, w: Sequence[Array], split: tuple[Axes, Axes], gathered: set[str]) -> Array:
-    """Computes `kernel(*w)` [K, N], such as a dequantized matrix, where `w` are codes and scales sharded over `split`.
+    """Computes `kernel(*w)` [K, N], such as a dequantized matrix. `w` contains codes and scales, sharded over `split`.
 
     The packed codes and the scales are first all-gathered over the mesh axes `gathered`.
     """
@@ -57,7 +57,7 @@ def elementwise(kernel: functools.partial, w: Sequence[Array], split: tuple[Axes
 
 
 def once(kernel: functools.partial, *args: Array) -> Array:
-    """Calls `kernel(*args)`. All layers of the same shape share one trace, since tracing the NF4 kernel takes 0.1 s."""
+    """Calls `kernel(*args)`. Layers of the same shape share one trace, because tracing the NF4 kernel takes 0.1 s."""
     return _once(kernel.func, tuple(kernel.keywords.items()), *args)
 
 

@@ -1,4 +1,4 @@
-"""Multiplies by a matrix W [K, N] of packed codes on a TPU, block by block, for the kernels of several formats."""
+"""Multiplies by a matrix W [K, N] of packed codes on a TPU, block by block. The kernels for several formats use it."""
 
 import functools
 from collections.abc import Callable
@@ -27,10 +27,11 @@ def product(
     body: Callable, a: Array, packed: Array, scale: Array, group: int, width: int, block: tuple[int, int, int],
     w_block: tuple[int, int], w_at: Callable, dtype: DTypeLike, scratch: tuple = (),
 ) -> Array:  # fmt: skip
-    """Runs the kernel `body` on a grid over blocks of the rows of `a`, columns of the result, and columns of `a`.
+    """Runs the kernel `body` on a grid with three axes: blocks of rows of `a`, of columns of the result, and of columns
+    of `a`.
 
-    The innermost loop is over the columns of `a`, which are summed. The result has `width` columns. `w_block` is the
-    size (rows, columns) of a block of W, and `w_at` maps the indices of a grid step to the indices of its block of W.
+    The innermost axis, the columns of `a`, is summed over. The result has `width` columns. `w_block` is the size (rows,
+    columns) of a block of W, and `w_at` maps the indices of a grid step to the indices of its block of W.
     """
     (m, total), (bm, outer, inner) = a.shape, block
     rows, columns = w_block
@@ -54,9 +55,9 @@ def product(
 
 
 def codes(packed: Array, rows: int, columns: int, at: Callable) -> tuple[pl.BlockSpec, Array]:
-    """Returns (BlockSpec for blocks of `rows` x `columns` weights, packed codes to pass to the kernel).
+    """Returns a BlockSpec for blocks of `rows` x `columns` weights, and the packed codes to pass to the kernel.
 
-    If XLA stores the bytes column-major, they are transposed, which needs no copy.
+    If XLA stores the bytes column-major, the codes are transposed, which needs no copy.
     """
     if by_columns(*packed.shape):
         return pl.BlockSpec((columns, rows // 2), lambda *ids: at(*ids)[::-1]), packed.T
@@ -74,7 +75,7 @@ def accumulate(part: Callable[[], Array], y_ref: Ref, sum_ref: Ref) -> None:
 
 
 def inside(a: Array, axis: int, total: int) -> Array:
-    """Sets `a` to 0 beyond the end of the summed axis, where a block may contain any values, even infinities."""
+    """Sets `a` to 0 beyond the end of the summed axis, where the last block may contain any values, even infinities."""
     size = a.shape[axis]
     if total % size == 0:
         return a

@@ -17,7 +17,7 @@ def test_prepare_counts_what_is_unused_and_strict_refuses_it(tmp_path, capsys):
     assert "unused: score (20 rows)" in capsys.readouterr().out
     assert prepare.main([*argv, "--strict"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert "unused: score (20 rows)" in lines[-1] and "skipped these files: note.txt" in lines[-1]
+    assert "unused: score (20 rows)" in lines[-1] and "not read: note.txt" in lines[-1]
 
 
 def test_the_page_of_formats_lists_the_tables_of_the_code():

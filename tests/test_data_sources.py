@@ -384,7 +384,8 @@ def test_the_hub(tmp_path):
             "me/none": NONE, "me/model#never": "no such revision",
         })  # fmt: skip
     check({
-        f"hf:me/rows#{old}": ["old"], "hf:me/rows#main": f"last downloaded revision is commit {old}", "hf:me/two:two": ["new"],
+        f"hf:me/rows#{old}": ["old"], "hf:me/rows#main": f"last downloaded revision is commit {old}",
+        "hf:me/two:two": ["new"],
         "hf:me/gated": OFFLINE, "me/model": hub.COMMITS["main"], "me/gated": OFFLINE,
     }, HF_HUB_OFFLINE="1")  # fmt: skip
     check({"me/other": "the hub cannot be reached · check the network"})

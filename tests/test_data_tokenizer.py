@@ -113,7 +113,7 @@ def test_adds_bos_where_the_files_say_so(tmp_path):
     [
         ("x.gguf", b"GGUF" + b"\xff" * 40, "not a readable GGUF"),
         ("x.model", b"\x0a\xff\xff\xff", "not a SentencePiece model"),
-        ("tokenizer.json", b"{}", "not a tokenizer"),
+        ("tokenizer.json", b"{}", "tokenizers library cannot read it"),
         ("tokenizer.json", b"\xff", "not UTF-8"),
     ],
 )
