@@ -36,7 +36,7 @@ def write(path: str | Path, model: Transformer, params: Params, tokenizer: Json,
         raise UserError(f"type {kind!r} is not supported", "--dtype", f"supported: {', '.join(FILE_TYPES)}")
     _check(config)
     if "head" in params:
-        raise UserError("a .gguf file cannot store the head of a reward model", str(path), "export it without --format")
+        raise UserError("a .gguf file cannot store a reward model's head", str(path), "export it without --format")
     plain = weights.dense(params, model.specs)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

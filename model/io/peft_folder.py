@@ -141,7 +141,7 @@ class Folder:
 
         path = self.path / TENSORS
         if not path.exists() and (self.path / PICKLE).exists():
-            what = "the adapter is only pickled, and opening a pickle can run code"
+            what = "the adapter is only a pickle, and opening a pickle can run code"
             fix = CONVERT.format(self.path)
             raise UserError(what, str(self.path), f"if you trust it: {fix}")
         try:
