@@ -86,7 +86,7 @@ def _write_arrays(work: Path, documents: Iterable[Document], dtype: str) -> dict
             columns.append(tuple(document.columns.values()))
             tags.write(np.asarray(document.tags or (), np.int16).tobytes())
         masks.write(np.packbits(bits).tobytes())
-    (work / "offsets.bin").write_bytes(np.asarray(ends, np.int64))  # unlike this, tofile hides why a write failed
+    (work / "offsets.bin").write_bytes(np.asarray(ends, np.int64))  # tofile would hide the cause of a failed write
     (work / "hashes.bin").write_bytes(np.asarray(hashes, np.uint64))
     if not (work / "tags.bin").stat().st_size:
         (work / "tags.bin").unlink()
@@ -116,9 +116,9 @@ def read(folder: Path, check_hashes: bool = False) -> Stored:
     try:
         index = files.load_json(folder / INDEX)
         if (layout := index.get("layout", 1)) != VERSION:
-            raise Broken(f"written in layout {layout}, but this version reads layout {VERSION}", str(folder))
+            raise Broken(f"the cache has file layout {layout}, but this version reads layout {VERSION}", str(folder))
         if index.pop("check", None) != _checksum(index):
-            raise Broken("its index does not match its checksum", str(folder))
+            raise Broken("the index does not match its checksum", str(folder))
         for name, file in index["files"].items():
             size = (folder / name).stat().st_size
             if size != file["bytes"]:

@@ -99,7 +99,7 @@ class Completion(Example):
 
 @dataclass(frozen=True)
 class Chat(Example):
-    """A chat. The assistant's messages count in the loss, beginning with the message at index `first`."""
+    """A chat. The assistant's messages count in the loss, from the message at index `first` on."""
 
     messages: chat.Messages
     first: int = 0

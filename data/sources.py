@@ -6,10 +6,10 @@ compressed as .gz or .zst, on disk or at gs://BUCKET/...; "pydocs", "sotu" or "w
 "hf:repo[:config][@split][#revision]"; or "synthetic:NAME[?k=v&k=v]". Several sources may have weights, as in
 "pydocs:0.7,sotu:0.3".
 
-A folder has splits if some of its files are named train, and others validation or test (all such names are in
-splits.NAMES). For such a folder, FOLDER means the training split, and FOLDER@validation and FOLDER@test mean the other
-splits. FILE means all rows of a file, and FILE@train, FILE@validation and FILE@test mean the rows of one split, which
-data/splits.py determines.
+A folder has splits if some of its files are named train, and others validation or test (splits.NAMES lists all
+recognized names). For such a folder, FOLDER means the training split, and FOLDER@validation and FOLDER@test mean the
+other splits. FILE means all rows of a file, and FILE@train, FILE@validation and FILE@test mean the rows of one split,
+which data/splits.py determines.
 """
 
 import ast

@@ -54,7 +54,7 @@ def add_labels(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
 
 
 def add_matches(rng: random.Random, n: int, digits: int, **_) -> Iterator[dict]:
-    """Yields pairs of a query, which is a sum, and a passage, which is a sentence with this sum and its result."""
+    """Yields pairs of a query (a sum such as 1+2=) and a passage (a sentence with the sum and its result)."""
     for record in add(rng, n, digits):
         yield {"query": record["prompt"], "passage": f"The sum is {record['prompt']}{record['completion']}."}
 

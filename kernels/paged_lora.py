@@ -38,7 +38,7 @@ class Route(NamedTuple):
     pages: Indices  # [P] the distinct pages in use, padded with -1; P is a multiple of STEP
     which: Indices  # [P] for each pair, the index of its page in `pages`, in ascending order
     row: Indices  # [P] for each pair, its row in the batch, padded with -1
-    count: Indices  # [] the number of pairs
+    count: Indices  # [] (a scalar) the number of pairs
 
 
 def route(pairs: list[tuple[int, int]], room: int) -> Route:
@@ -72,10 +72,10 @@ def product(
 
     If x is [B,T], it contains token ids, each of which selects a column of A. Under a mesh, the dimensions B and T are
     sharded over the mesh axes `rows`, and K and N over `split`. The stacks are not sent between devices. Each device
-    first multiplies by its part of A, and then by its part of B: only the batch rows that need this part, and only
-    their pages. Between the two products, the small array x A is summed over the mesh axes that shard K, and over those
-    that shard both N and the batch. If there are no such axes, one kernel computes both products, as on one device.
-    Otherwise, a GPU runs one kernel per product, and a TPU runs loops in XLA.
+    first multiplies by its part of A, and then by its part of B. It processes only the batch rows that need this part,
+    and reads only their pages. Between the two products, the small array x A is summed over the mesh axes that shard K,
+    and over those that shard both N and the batch. If there are no such axes, one kernel computes both products, as on
+    one device. Otherwise, a GPU runs one kernel per product, and a TPU runs loops in XLA.
     """
     if not partition.sharded():
         return matmul(x, a, b, route) if x.ndim == 3 else expand(lookup(x, a, route), b, route, len(x), dtype)
@@ -264,7 +264,7 @@ def _decode(
     pages: Ref, which_ref: Ref, row_ref: Ref, x_ref: Ref, a_ref: Ref, b_ref: Ref, y_ref: Ref,
     a_room: Ref, b_room: Ref, arrived: Ref,
 ) -> None:  # fmt: skip
-    """The kernel of `decode`. `pages` [P] is in scalar memory, `which` is [P,1], and `row` is [1,P].
+    """The kernel that `decode` runs. `pages` [P] is in scalar memory, `which` is [P,1], and `row` is [1,P].
 
     A and B have two buffers each: while one is being loaded, the kernel multiplies by the other.
     """

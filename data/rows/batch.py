@@ -30,7 +30,7 @@ ANSWERS = 4  # assumed number of answers per group, until the data are known
 class Kind(NamedTuple):
     sides: tuple[str, ...] = (ONE,)
     floats: tuple[str, ...] = ()  # names of float32 arrays [B, T] that the kind has in addition to TOKENS
-    columns: tuple[str, ...] = ()  # names of columns [B], from COLUMNS
+    columns: tuple[str, ...] = ()  # names of the columns [B] that the kind has; COLUMNS gives their dtypes
 
 
 def answers(k: int) -> tuple[str, ...]:

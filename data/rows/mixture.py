@@ -3,7 +3,7 @@ step can be computed directly."""
 
 import numpy as np
 
-BLOCK = 1000  # in each block of this many rows, sources have exactly their weights, rounded to thousandths
+BLOCK = 1000  # in each block of this many rows, each source has exactly its weight, rounded to thousandths
 ROUNDS = 6
 
 

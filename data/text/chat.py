@@ -28,7 +28,8 @@ LAST = "chats with only the last answer in the loss, since the template renders 
 
 @dataclass
 class Asked:
-    """Which answers of a chat count in the loss ("all" or only the "last"), with counts of remarks on the chats."""
+    """Determines which answers of a chat count in the loss ("all" or only the "last"), and collects remarks on the
+    chats with counts."""
 
     learn: str = "all"
     # Message fields that the chat template does not use, with their counts.
@@ -107,7 +108,7 @@ def _spans(messages: Messages, turns: list[int], writer: Writer, asked: Asked) -
     Some templates render an answer differently when further turns follow (Qwen3's template drops the answer's
     thoughts), or begin a thought in the prompt and drop the thought from the answer (DeepSeek-R1's template). If a
     template renders earlier answers differently, every answer of a chat is rendered as if the answer were the last
-    turn. If this is impossible for any answer, only the last answer of the chat counts in the loss.
+    turn. If this fails for one of the answers, only the last answer of the chat counts in the loss.
     """
     if "endgeneration" in writer.template:
         return _spans_by_marks(messages, turns, writer)

@@ -261,7 +261,7 @@ def _prefix(core: Core, folder: Path, names: dict, bos: int | None) -> tuple[int
     prefix = tuple(whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)])
     if isinstance(flags[0], bool) and bos is not None and flags[0] != (bos in prefix):
         what = (
-            "%s: add_bos_token is %s, but the post-processor of tokenizer.json adds %s: this counts, as in transformers"
+            "%s: add_bos_token is %s, but the post-processor of tokenizer.json adds %s; the post-processor is followed"
         )
         warn(what, folder, flags[0], "BOS" if bos in prefix else "none")
     return prefix

@@ -1,8 +1,8 @@
 """Renders chat templates in a separate process that only runs Jinja, within limits on time and memory.
 
-Requests to the process, and its answers, are JSON texts, each preceded by its size in 8 bytes. A request is [template,
-marks, variables]. If `variables` is null, the template is only compiled. An answer is ["text", rendered text],
-["limit", description of the limit that was exceeded] or ["error", reason].
+Requests to the process, and its answers, are JSON texts, each preceded by its size, encoded in 8 bytes. A request is
+[template, marks, variables]. If `variables` is null, the template is only compiled. An answer is ["text", rendered
+text], ["limit", description of the limit that was exceeded] or ["error", reason].
 """
 
 import json
@@ -16,8 +16,8 @@ import threading
 import time
 from typing import Any
 
-CPU_SECONDS = 2.0  # limit of CPU time for one rendering
-SECONDS = 30.0  # limit of elapsed time for one rendering, in case the process waits without using CPU time
+CPU_SECONDS = 2.0  # limit on the CPU time of one rendering
+SECONDS = 30.0  # limit on the elapsed time of one rendering, in case the process waits without using CPU time
 MEMORY = 1 << 29  # maximum bytes of address space, including Python itself
 MAX_REASON = 500  # characters
 OUT_OF_MEMORY = 3  # exit code of a rendering process that ran out of memory
