@@ -83,8 +83,7 @@ def open_session(loaded: schema.Loaded, closing: contextlib.ExitStack, began: fl
             folder.publish()
 
         where = folder.home / "ckpt"
-        saves = Checkpointer(where, cfg.ckpt, cfg.allow, metrics.event, before_a_save, folder.config)
-        ckpt = enter(contextlib.closing(saves))
+        ckpt = enter(Checkpointer(where, cfg.ckpt, cfg.allow, metrics.event, before_a_save, folder.config))
         # If this run has a complete checkpoint, the newest one replaces the first state.
         state = ckpt.restore(state, source)
         metrics.rewind(int(state.step))

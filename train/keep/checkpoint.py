@@ -129,9 +129,20 @@ class Checkpointer:
         return next((step for step in saved.steps(self.folder) if step in self.passed), None)
 
     def close(self) -> None:
+        """Waits until the save in progress is on disk. Raises UserError if the save failed, unless on_error is
+        "continue"."""
         try:
             self.wait()
         finally:
+            self._writer.shutdown()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:  # The error may be on this process only, so the other processes would not take part in `wait`.
             self._writer.shutdown()
 
     def _due(self, step: int) -> bool:
