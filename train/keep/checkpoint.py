@@ -115,12 +115,18 @@ class Checkpointer:
         if self._pending is None:
             return
         error, self._pending = self._pending.exception(), None
-        if hosts.all_true(error is None):
-            return
+        stop = must or self.cfg.on_error == "stop"
+        if (error and stop) or not hosts.all_true(error is None):
+            # A process that has to stop does not ask the others first: they may be waiting for it in Orbax.
+            self._failed(error, stop)
+
+    def _failed(self, error: BaseException | None, stop: bool) -> None:
+        """Reports that a save failed on this process, or on another one if `error` is None. Raises UserError if `stop`
+        is True."""
         step, self._saved = self._saved, None
         reason = saved.first_line(error) if error else "another process failed"
         message = f"the checkpoint of step {step} could not be written: {reason}"
-        if must or self.cfg.on_error == "stop":
+        if stop:
             raise UserError(message, str(self.folder), "make room and run the same command again") from error
         self.log(f"{message}; the run continues")
 
@@ -177,6 +183,8 @@ class Checkpointer:
         try:
             response = saved.orbax().save_async(part, arrays)
         except Exception as e:
+            if self.cfg.on_error == "stop":
+                self._failed(e, stop=True)
             self._pending = Future()
             self._pending.set_exception(e)
         else:
