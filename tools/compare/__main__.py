@@ -1,11 +1,11 @@
-"""Measures which method suits a task, and the cost: prompting, retrieval, LoRA, full fine-tuning, a hosted model.
+"""Measures which method suits a task and what it costs: prompting, retrieval, LoRA, full fine-tuning, a hosted model.
 
     python -m tools.compare --task=rows.csv [--models=A,B] [--documents=SOURCE] [--methods=zero_shot,lora] [--plan]
         --budget=30min     upper limit: time, dollars (2usd) or FLOPs (1e15); default: no limit;
                            "all" drops no setting before the last rung
         --rungs=3          rungs of successive halving; 0 only tests the first setting of every method
         --settings=2       maximum number of settings per method, such as learning rates; default: all
-        --seeds=3          number of training runs of each tested method
+        --seeds=3          number of training runs per tested method, each with another seed
         --epochs=3         number of passes over the training rows in each training run
         --requests=10000   requests per month that the recommendation assumes
         --price=1:2:4      USD per hour of the machine that will answer requests: LOW:VALUE:HIGH or VALUE

@@ -51,7 +51,7 @@ class Way(NamedTuple):
     name: str
     candidate: str
     score: float  # on the test rows
-    difference: float  # this score minus the score of the choice of "all"
+    difference: float  # this score minus that of the method chosen by "all"
     low: float
     high: float
     gas: float  # cost of choosing, as a fraction of the cost of "all"

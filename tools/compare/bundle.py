@@ -1,4 +1,4 @@
-"""Writes the winner of a comparison to OUT/bundle, from which tools.chat and tools.serve load it by infer/bundle.py."""
+"""Writes the winner of a comparison to OUT/bundle. tools.chat and tools.serve load it with infer/bundle.py."""
 
 from pathlib import Path
 

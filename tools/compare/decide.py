@@ -22,7 +22,7 @@ DRAWS, BLOCK = 10_000, 500  # number of draws in total, and number that are comp
 ENOUGH = 0.8  # the page recommends a method only if its probability of being the best is at least this
 LEAST = 30  # minimum number of test rows for a recommendation; with fewer rows, a bootstrap is overconfident
 MOST_ROWS = 1_000_000
-DOUBT = {"requests": 3, "price": 2, "labels": 3, "documents": 3, "margin": 2}  # factors of doubt
+DOUBT = {"requests": 3, "price": 2, "labels": 3, "documents": 3, "margin": 2}  # factors by which these may be wrong
 FAR = 1000  # the largest factor by which an input is changed to find out if the recommendation changes
 
 
@@ -89,7 +89,7 @@ class Decision(NamedTuple):
     rows: int  # number of test rows
     rows_needed: int | None  # test rows needed to decide; None if `rows` is enough; MOST_ROWS if more rows do not help
     grid: np.ndarray  # the numbers of requests per month for which `curve` is computed
-    curve: np.ndarray  # probability [grid, options] of being the best at each number of requests
+    curve: np.ndarray  # each option's probability of being the best [grid, options] at each number of requests
     has_documents: bool
 
     @property
@@ -133,7 +133,7 @@ def options(record: Json) -> list[Option]:
 
 
 def _in_order(result: Json, rows: Sequence[str], name: str) -> list[float]:
-    """Returns the scores of a result in the order of `rows`. A row may occur several times."""
+    """Returns the scores of a result, sorted in the order of `rows`. A row may occur several times."""
     if sorted(result["rows"]) != sorted(rows):
         raise UserError(f"the results of {name} are not on the same test rows", "comparison.json", "compare again")
     found: dict[str, list[float]] = {}

@@ -299,7 +299,8 @@ class Engine:
         return folder
 
     def _result(self, x: Candidate, number: int) -> Json | None:
-        """Returns the result of a candidate that counts on a rung, or None if it is not measured yet."""
+        """Returns the candidate's result for a rung, or None if there is none yet. If the candidate is not measured
+        again on that rung, this is the result of an earlier rung."""
         if number < 0:
             return None
         source = max(n for n in halving.measured(x, self.r.rungs) if n <= number)

@@ -31,7 +31,7 @@ class Drop(NamedTuple):
 
 
 def rungs(n: int, train: int, validation: int) -> list[Json]:
-    """Returns up to `n` rungs. Each rung gives its share of the training rows, their number, and the number of
+    """Returns up to `n` rungs. Each has a share of the training rows, the number of these rows, and the number of
     validation rows. The last rung trains on all rows. Earlier rungs with fewer than LEAST training rows are left out.
     """
     shares = [ETA**-i for i in reversed(range(n))]
@@ -51,7 +51,7 @@ def measured(x: Candidate, rungs: Sequence[Json]) -> list[int]:
 
 def settings(alive: Sequence[Candidate], result: Result, last: bool) -> tuple[list[Candidate], list[Drop]]:
     """Keeps each method's best third of settings or, after the last rung, only its best setting. Of settings with equal
-    scores, the first comes first."""
+    scores, the one that is listed first is kept."""
     kept, dropped = [], []
     for key in dict.fromkeys(candidate.key for candidate in alive):
         mine = sorted((x for x in alive if x.key == key), key=lambda x: -result(x)["mean"])

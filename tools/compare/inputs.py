@@ -67,7 +67,7 @@ def read(spec: str) -> Task:
 
 
 class Base(NamedTuple):
-    """A model, and the token counts of the task's rows with its tokenizer."""
+    """A model, and how many tokens its tokenizer makes of the task's rows."""
 
     name: str
     context: int  # maximum number of tokens in a prompt plus its answer

@@ -140,7 +140,7 @@ def show(p: Json) -> None:
     rows += [("FLOPs per step", f"{p['flops_per_step']:.4g}, with recomputation {p['flops_with_recomputation']:.4g}")]
     rows += [(f"time for {name}", span(t, ",.4f") + " s") for name, t in p.get("seconds_by", {}).items()]
     rows += [("time per step", span(p.get("seconds"), ",.4f") + " s"), ("tokens/s", span(p.get("tokens_per_second")))]
-    rows += [("MFU", span(p.get("mfu"), ".1%") + " at these bounds")]
+    rows += [("MFU", span(p.get("mfu"), ".1%") + " for this range of times")]
     rows += [(f"whole run: {name.replace('_', ' ')}", span(v, ",.1f")) for name, v in p.get("run", {}).items()]
     cli.table(rows)
     print(*p["assumed"], sep="\n")
