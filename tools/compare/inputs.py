@@ -67,7 +67,7 @@ def read(spec: str) -> Task:
 
 
 class Base(NamedTuple):
-    """A model, and how many tokens its tokenizer makes of the task's rows."""
+    """A model, and how many tokens the task's rows have with its tokenizer."""
 
     name: str
     context: int  # maximum number of tokens in a prompt plus its answer

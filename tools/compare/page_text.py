@@ -122,7 +122,7 @@ def _extra(d: Decision, i: int) -> float | None:
 
 def _sure(d: Decision) -> str:
     p, margin = d.probability, points(d.given.margin)
-    drawn = "of 10,000 redraws of the test rows, the training seeds and the price"
+    drawn = "of 10,000 bootstrap samples of the test rows, the training seeds and the price"
     text = f"In {chance(p[0])} {drawn} it is the cheapest method within {margin} of the best score."
     if len(p) > 1:
         text += f" Next is {d.options[1].label}: {chance(p[1])}."
@@ -163,11 +163,11 @@ def _round(x: float) -> float:
 def _wrong(d: Decision) -> str:
     share, lost, more = d.lost
     if not share:
-        return "In none of the redraws is another method better."
+        return "In none of the samples is another method better."
     parts = [f"{points(lost)} of the score"] if lost >= 0.0005 else []
     parts += [f"{money(d.price, more)} per month"] if 0 < more < math.inf else []
     known = f"loses {joined(parts)} on average" if parts else "loses nothing measurable"
-    return f"In the {chance(share)} of redraws in which another method is best, this one {known}."
+    return f"In the {chance(share)} of samples in which another method is best, this one {known}."
 
 
 def _rule(d: Decision) -> str:
