@@ -261,7 +261,7 @@ def _trained_tokenizer(data: Config, spec: str) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes a tokenizer to a folder, completely or not at all. If the folder already exists, it is left unchanged."""
+    """Writes a tokenizer to a folder, completely or not at all. Files already in the folder are left unchanged."""
     with contextlib.suppress(FileExistsError), files.folder(folder, TOKENIZER_END) as work:  # already written
         tokenizer.save(work)
 
