@@ -51,7 +51,7 @@ def _problem(backend: str, c: ModelConfig, dtype: str, seq_len: int, platform: s
         "cudnn": (
             (platform != "gpu", f"it needs a GPU, but the devices are of type {platform}"),
             (dtype not in ("bfloat16", "float16"), f"activations are {dtype}, but must be bfloat16 or float16"),
-            (c.head_dim % 8 or c.head_dim > 128, f"the head size must be a multiple of 8 up to 128, not {c.head_dim}"),
+            (c.head_dim % 8 or c.head_dim > 128, f"head size {c.head_dim} is not a multiple of 8 or exceeds 128"),
             (split > 1, "it needs whole rows, but the mesh axis context splits them"),
         ),
     }
