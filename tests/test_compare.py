@@ -114,7 +114,7 @@ def test_the_budget_pays_the_best_first_and_holds_a_test_back():
     assert halving.affordable(everyone, score, now, later, None) == (everyone, [])
     assert halving.affordable(everyone, score, now, later, 92.0)[0] == everyone  # 1 + 10 + 20, and 1 + 60 later
     kept, [drop] = halving.affordable(everyone, score, now, later, 91.0)
-    assert kept == [zero, lora] and drop.why == "the budget has 49 FLOP left, and it needs 80 FLOP"
+    assert kept == [zero, lora] and drop.why == "the budget has 49 FLOP left; this needs 80 FLOP"
     assert halving.affordable(everyone, score, now, later, 41.0)[0] == [lora]  # the leader, before zero-shot
     assert halving.affordable(everyone, score, now, later, 1.5)[0] == []
     two = [candidate("lora", 1e-3), candidate("lora", 3e-4)]

@@ -254,7 +254,7 @@ def test_a_gpu_fits_what_jax_takes_of_it(monkeypatch):
     """Of 80 GiB three quarters, or the share that the environment says."""
     assert topology.room(64_000_000_000)[0] and not topology.room(65_000_000_000)[0]
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    assert topology.room(65_000_000_000) == (True, "65.0 GB of 77.3, XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 of a device")
+    assert topology.room(65_000_000_000) == (True, "65.0 GB of 77.3 GB (XLA_PYTHON_CLIENT_MEM_FRACTION=0.9)")
 
 
 # --- with libtpu, or with the CUDA wheels ---

@@ -244,7 +244,7 @@ def search(
     taken = sum(table[path][f][0] for path, f in best.items())
     print(f"{taken:,} of {int(room):,} bytes, {8 * taken / searched:.2f} bits per weight of the layers' matrices")
     if not (formats := tuple((re.escape(path), f) for path, f in best.items() if f != dtype)):
-        raise UserError(f"the whole model already fits in {dtype}", "--budget", "lower the budget")
+        raise UserError(f"the whole model fits the budget in {dtype}", "--budget", "lower the budget")
     return formats
 
 

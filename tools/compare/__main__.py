@@ -109,7 +109,7 @@ def options(argv: list[str]) -> argparse.Namespace:
     if 0 in (args.seeds, args.settings) or not (0 < args.requests < math.inf and 0 < args.epochs < math.inf):
         raise UserError("the values must be positive", "--seeds, --settings, --epochs and --requests")
     if args.budget and not args.rungs:
-        raise UserError("a budget needs successive halving", "--rungs=0", "--rungs=1 or more")
+        raise UserError("a budget needs at least one rung of successive halving", "--rungs=0", "--rungs=1 or more")
     return args
 
 

@@ -158,7 +158,7 @@ class Engine:
             least = min(now(x) + later(x) for x in alive)
             cheapest, budget = numbers.flops(least), numbers.flops(self.r.budget["flops"])
             what = f"the budget of {budget} is too small: the cheapest method needs {cheapest}"
-            raise UserError(what, "--budget", "raise it, or bring fewer test rows")
+            raise UserError(what, "--budget", "raise it, or use fewer test rows")
         return kept, drops
 
     def _decide(self, alive: list[Candidate], number: int) -> None:

@@ -114,7 +114,7 @@ def affordable(
         costs = [sum(map(now, mine[:n])) + _reserve([*kept, *mine[:n]], later) for n in range(len(mine) + 1)]
         n = max(n for n, cost in enumerate(costs) if not n or spent + cost <= left)
         needed, free = numbers.flops(now(mine[0]) + later(mine[0])), numbers.flops(max(0.0, left - spent - costs[0]))
-        why = "the budget has no room for more settings" if n else f"the budget has {free} left, and it needs {needed}"
+        why = "the budget has no room for more settings" if n else f"the budget has {free} left; this needs {needed}"
         dropped += [Drop(x, why) for x in mine[n:]]
         kept += mine[:n]
         spent += sum(map(now, mine[:n]))

@@ -49,7 +49,7 @@ class Task(NamedTuple):
 def read(spec: str) -> Task:
     """Reads the task from a file. Raises UserError if there are too few rows, or if all have the same answer."""
     if not rows.is_source(spec):
-        raise UserError(f"{spec!r} is not a file of rows", "--task", "name a .csv, .jsonl, .json or .parquet file")
+        raise UserError(f"{spec!r} is not a file of rows", "--task", "give a .csv, .jsonl, .json or .parquet file")
     _, options = rows.parse(spec)
     if "split" in options or "name" in options:
         raise UserError("a comparison sets the split and the name itself", spec, "leave out split= and name=")

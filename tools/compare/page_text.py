@@ -172,7 +172,7 @@ def _wrong(d: Decision) -> str:
 
 def _rule(d: Decision) -> str:
     text = (
-        f"The best is the cheapest per month of the methods that score at most {points(d.given.margin)} below the best."
+        f"The best method is the cheapest per month of those that score at most {points(d.given.margin)} below the top."
     )
     top = max(range(len(d.options)), key=lambda i: d.options[i].mean)
     extra, more = _extra(d, top), d.options[top].mean - d.best.mean

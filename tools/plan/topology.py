@@ -80,5 +80,5 @@ def room(peak: int) -> tuple[bool, str]:
     most = fraction * chips.find(KIND).hbm_bytes.value
     return (
         peak <= most,
-        f"{peak / 1e9:.1f} GB of {most / 1e9:.1f}, XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:g} of a device",
+        f"{peak / 1e9:.1f} GB of {most / 1e9:.1f} GB (XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:g})",
     )

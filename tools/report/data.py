@@ -36,7 +36,7 @@ class Run(NamedTuple):
 
     @property
     def step(self) -> int:
-        """The last step of training."""
+        """The last step that the run has reached."""
         return max((line["step"] for line in self.metrics), default=0)
 
     @property

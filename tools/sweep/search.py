@@ -27,7 +27,7 @@ class Search:
     """A queue of flags["trials"] trials. `make` turns the values of a trial into a point, or raises UserError.
 
     Runs are stopped early by asynchronous successive halving (Li et al. 2020, A System for Massively Parallel
-    Hyperparameter Tuning), with rungs at eval_every steps, ETA * eval_every, ...
+    Hyperparameter Tuning), with rungs at eval_every, ETA * eval_every, ... steps.
     """
 
     def __init__(self, space: dict[str, Range], make: Callable[[dict], Point], out: Path, flags: dict, config: Any):
@@ -66,7 +66,7 @@ class Search:
         """Starts a trial. If it is invalid, or if its point has already ended, reports this to Optuna instead."""
         try:
             if trial.params.keys() != self.space.keys():
-                raise UserError("the trial was only partly sampled")
+                raise UserError("Optuna has not sampled all values of the trial")
             point = self.make(trial.params)
         except UserError as e:
             print(f"trial {trial.number}: {e}", flush=True)
