@@ -1,1 +1,1 @@
-"""Serves a web page on which people rank, rate and correct answers, and makes training rows from their decisions."""
+"""Serves a web page on which people rank, rate and correct answers, and turns their decisions into training rows."""

@@ -1,9 +1,9 @@
-"""Measures how much people agree: Cohen's and Fleiss' kappa, Krippendorff's alpha, and position bias, with 95 %
-intervals.
+"""Measures, with 95 % intervals, how much people agree (Cohen's and Fleiss' kappa, Krippendorff's alpha), and their
+position bias.
 
-A unit is a pair of answers to one item. A person's vote puts the unit into one of four categories: the first answer is
-preferred, the second is preferred, the answers are tied, or all answers are bad. The bootstrap resamples the units of
-one item together.
+A *unit* is a pair of answers to the same item. Each person's vote assigns the unit to one of four categories: the first
+answer is preferred, the second is preferred, the answers are tied, or all answers are bad. The bootstrap resamples
+items, that is, it draws or leaves out all units of an item together.
 """
 
 import itertools
@@ -25,7 +25,7 @@ PEOPLE = 12  # maximum number of people for whom pairwise kappas are computed
 
 
 class Figure(NamedTuple):
-    """A statistic over `n` units, and its interval [low, high]. Numbers that are not defined are None."""
+    """A statistic computed from `n` units, and its 95 % interval [low, high]. Undefined numbers are None."""
 
     value: float | None
     low: float | None
@@ -37,8 +37,8 @@ NONE = Figure(None, None, None, 0)
 
 
 class Units(NamedTuple):
-    """`votes[u][annotator]` is the index in CATEGORIES of the category that the annotator chose for unit u. `items[u]`
-    is the number of the item that unit u belongs to."""
+    """`votes[u][annotator]` is the category that the annotator chose for unit u, as an index into CATEGORIES.
+    `items[u]` is the number of the item to which unit u belongs."""
 
     votes: list[dict[str, int]]
     items: list[int]
@@ -62,8 +62,8 @@ def category(event: Event, i: int, j: int) -> int | str | None:
 
 
 def cohen(table: Sequence[Sequence[float]] | np.ndarray) -> float:
-    """Cohen's kappa (1960) of a square table, which counts how often one person chose the row's category and the other
-    person the column's category."""
+    """Cohen's kappa (1960) for a square table. Each cell counts how often one person chose the row's category while the
+    other chose the column's category."""
     p = np.asarray(table, float)
     p = p / p.sum()
     chance = float(p.sum(0) @ p.sum(1))
@@ -71,7 +71,8 @@ def cohen(table: Sequence[Sequence[float]] | np.ndarray) -> float:
 
 
 def fleiss(counts: np.ndarray) -> float:
-    """Fleiss' kappa (1971) of counts of votes [units,categories]; every unit must have the same number of votes."""
+    """Fleiss' kappa (1971). `counts` [units,categories] is the number of votes per unit and category. Every unit must
+    have the same number of votes."""
     n = counts.sum(1)
     observed = float((((counts**2).sum(1) - n) / (n * (n - 1))).mean())
     chance = float(((counts / n[:, None]).mean(0) ** 2).sum())
@@ -79,16 +80,16 @@ def fleiss(counts: np.ndarray) -> float:
 
 
 def alpha(counts: np.ndarray, level: str = "nominal") -> float:
-    """Krippendorff's alpha of counts of votes [units,categories]. Units with a single vote do not count. The result is
-    NaN if all votes are in one category."""
+    """Krippendorff's alpha. `counts` [units,categories] is the number of votes per unit and category. Units with a
+    single vote are ignored. The result is NaN if all votes are in one category."""
     if ((counts.sum(1) > 1) @ counts > 0).sum() < 2:
         return math.nan
     return float(krippendorff.alpha(value_counts=counts, level_of_measurement=level))  # type: ignore[arg-type]
 
 
 def interval(value: Callable[[np.ndarray], float], rows: np.ndarray, groups: Sequence[int]) -> Figure:
-    """Computes `value(rows)` and its interval by the percentile bootstrap. The bootstrap draws whole groups, since the
-    rows of a group are not independent."""
+    """Computes `value(rows)` and its 95 % interval with the percentile bootstrap. The bootstrap resamples whole groups,
+    because the rows of a group are not independent."""
     if not len(rows):
         return NONE
     order = np.argsort(groups, kind="stable")
@@ -107,7 +108,8 @@ def interval(value: Callable[[np.ndarray], float], rows: np.ndarray, groups: Seq
 
 
 def with_others(u: Units, name: str) -> Figure:
-    """How often other people chose the same category as this person, over all units on which both voted."""
+    """The share of other people's votes that chose the same category as this person, over all units on which this
+    person voted."""
     rows, groups = [], []
     for votes, item in zip(u.votes, u.items):
         if name in votes and len(votes) > 1:
@@ -117,8 +119,8 @@ def with_others(u: Units, name: str) -> Figure:
 
 
 def of_pairs(u: Units) -> dict[tuple[str, str], Figure]:
-    """Cohen's kappa of every two people who voted on common units, among the first PEOPLE people in alphabetical
-    order."""
+    """Cohen's kappa for each pair of people who voted on at least one common unit. Only the first PEOPLE people in
+    alphabetical order are included."""
     out = {}
     names = sorted({name for votes in u.votes for name in votes})[:PEOPLE]
     for a, b in itertools.combinations(names, 2):
@@ -135,8 +137,9 @@ def _table(pairs: np.ndarray) -> np.ndarray:
 
 
 def of_all(u: Units) -> dict[str, Figure]:
-    """Agreement of all people: the share of pairs of people who agree on a unit, Fleiss' kappa (over the units with the
-    most frequent number of votes) and Krippendorff's alpha (over all units with two or more votes)."""
+    """The agreement among all people: the share of pairs of people who agree on a unit (averaged over units), Fleiss'
+    kappa and Krippendorff's alpha. Fleiss' kappa needs the same number of votes for every unit, so it uses only the
+    units with the most common number of votes. The others use all units with two or more votes."""
     kept = [(votes, item) for votes, item in zip(u.votes, u.items) if len(votes) > 1]
     if not kept:
         return {"share": NONE, "fleiss": NONE, "alpha": NONE}
@@ -152,8 +155,8 @@ def of_all(u: Units) -> dict[str, Figure]:
 
 
 def of_ratings(state: State, items: Sequence[Item], scale: int) -> dict[str, Figure]:
-    """Krippendorff's alpha of the ratings of each aspect, on an interval scale. For ratings, a unit is a single
-    answer."""
+    """Krippendorff's alpha for the ratings of each aspect, which are treated as an interval scale. For ratings, a unit
+    is a single answer."""
     counts: dict[str, list[list[int]]] = {}
     groups: dict[str, list[int]] = {}
     for number, item in enumerate(items):
@@ -168,7 +171,7 @@ def of_ratings(state: State, items: Sequence[Item], scale: int) -> dict[str, Fig
 
 
 def share(hits: Sequence[bool]) -> Figure:
-    """The share of true values, with Wilson's interval."""
+    """The share of `hits` that are true, with Wilson's 95 % interval."""
     if not hits:
         return NONE
     p = sum(hits) / len(hits)
@@ -176,15 +179,15 @@ def share(hits: Sequence[bool]) -> Figure:
 
 
 def first_shown(events: Iterable[Event]) -> Figure:
-    """The share of decisions for the answer shown first, among decisions that prefer one of the first two answers on
-    the page. Without position bias, this share is 50 %."""
+    """The share of decisions that prefer the first answer on the page to the second, among the decisions that prefer
+    one of these two. Without position bias, this share is 50 %."""
     sides = [relation(event.ranks, *event.content["order"][:2]) for event in events]
     return share([side > 0 for side in sides if side])
 
 
 def with_ranks(pairs: Iterable[tuple[Event, list[int | None]]]) -> Figure:
-    """The share of votes that prefer the same answers as the given ranks, which are gold ranks or a judge's ranks. A
-    vote counts as agreeing only if it agrees on every pair of answers."""
+    """The share of votes that agree with the given ranks, which are gold ranks or a judge's ranks. A vote agrees only
+    if it prefers the same answer in every pair that it compares and for which the given ranks prefer one."""
     hits = []
     for event, ranks in pairs:
         strict = [

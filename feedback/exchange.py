@@ -1,9 +1,9 @@
-"""Converts items and votes to and from the JSON of Argilla (records of its SDK 2) and of Label Studio (tasks).
+"""Converts items and votes to and from the JSON formats of Argilla (records of SDK 2) and Label Studio (tasks).
 
-In both formats, a decision becomes answers to questions with these names: ranking, verdict (bad or skip), ASPECT_1 (a
-rating of the first answer), correction_1 and flag_1. Records that were made in Argilla or Label Studio may have other
-field names, and may have only a ranking or a pairwise choice. Data for which neither format has a field are kept as
-JSON in one text field, `kungfu`.
+Both tools store a decision as responses to named questions. The questions are ranking, verdict (bad or skip), ASPECT_1
+(the rating of the first answer), correction_1 and flag_1. Records that were created in Argilla or Label Studio may use
+other field names, and may contain only a ranking or a pairwise choice. Data for which neither format has a field are
+stored as JSON in one text field, `kungfu`.
 """
 
 import json
@@ -22,12 +22,12 @@ from feedback.rows import slug
 from feedback.votes import decision
 
 Votes = list[tuple[str, Json]]  # (annotator, content)
-LARGEST = 1 << 30  # maximum bytes of a file
+LARGEST = 1 << 30  # maximum size of a file, in bytes
 PROMPT = ("prompt", "instruction", "question", "input", "text")
 ANSWER = re.compile(r"(?:answer|response|generation|completion|candidate)[-_ ]?([1-4a-d])", re.I)
 
 
-# --- decisions as answers to questions ---
+# --- decisions as responses to questions ---
 
 
 def answers(event: Event, asked: Item) -> Json:
@@ -45,7 +45,7 @@ def answers(event: Event, asked: Item) -> Json:
 
 
 def vote(found: Json, asked: Item, seconds: float = 0) -> Json:
-    """Converts answers to questions to the content of a vote. Raises UserError if the answers are not a valid vote."""
+    """Converts responses {question: value} to the content of a vote. Raises UserError if they are not a valid vote."""
     count = len(asked.texts)
     ranking = found.get("ranking") or {}
     given: Json = {"choice": found.get("verdict", "ranks"), "ms": int(1000 * seconds)}
@@ -58,7 +58,7 @@ def vote(found: Json, asked: Item, seconds: float = 0) -> Json:
 
 
 def extras(asked: Item) -> str:
-    """Everything in an item except the prompt and the texts of the answers, as JSON."""
+    """Returns everything in an item except the prompt and the texts of the answers, as JSON."""
     rest = {key: value for key, value in asked.content.items() if key not in ("prompt", "answers")}
     rest["answers"] = [{k: v for k, v in answer.items() if k != "text"} for answer in asked.content["answers"]]
     return json.dumps(rest, ensure_ascii=False)
@@ -72,11 +72,11 @@ def made(prompt: Any, texts: list[str], kept: Any) -> Item:
 
 
 def fields(found: Json) -> tuple[Any, list[str]]:
-    """Returns (prompt, answers) from a record's fields, which may have any of the usual names."""
+    """Returns (prompt, answers) from a record's fields. The fields may have any of the names in PROMPT and ANSWER."""
     prompt = next((found[name] for name in PROMPT if found.get(name)), None)
     named = {m[1].lower(): text for name, text in found.items() if (m := ANSWER.fullmatch(name)) and text is not None}
     if prompt is None or len(named) < 2:
-        raise UserError(f"no prompt and two answers among the fields {', '.join(map(str, found))}")
+        raise UserError(f"there are not a prompt and two answers among the fields {', '.join(map(str, found))}")
     return prompt, [named[name] for name in sorted(named)]
 
 
@@ -106,13 +106,13 @@ def _record(asked: Item, votes: dict[str, Event]) -> Json:
 
 
 def user(name: str) -> str:
-    """A UUID for an annotator, since Argilla identifies users by UUIDs."""
+    """Returns a UUID for an annotator, because Argilla identifies users by UUIDs."""
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"kungfu:{name}"))
 
 
 def _ranking(ranks: dict[str, int]) -> list[Any]:
-    """Converts ranks to Argilla's format: the names of the answers, the best first, as in the SDK. If the ranks have
-    ties or gaps, each name gets its rank beside it, as in the REST interface."""
+    """Converts {name of an answer: rank} to Argilla's format: a list of the names, best first, as in the SDK. If the
+    ranks have ties or gaps, each entry also contains the rank, as in the REST interface."""
     if sorted(ranks.values()) == list(range(1, len(ranks) + 1)):
         return sorted(ranks, key=lambda name: ranks[name])
     return [{"value": name, "rank": rank} for name, rank in ranks.items()]
@@ -134,8 +134,7 @@ def from_argilla(record: Json) -> tuple[Item, Votes]:
 
 
 def _ranks(value: list[Any]) -> dict[str, Any]:
-    """Converts a ranking from Argilla or Label Studio to {answer_N: rank}. In the given list, the answers may have
-    other names."""
+    """Converts a ranking from Argilla to {answer_N: rank}. In the given list, the answers may have other names."""
     pairs = [(v["value"], v.get("rank", i)) if isinstance(v, dict) else (v, i) for i, v in enumerate(value, 1)]
     return {_named(name): rank for name, rank in pairs}
 
@@ -223,8 +222,9 @@ def _answer(result: Json, names: list[str]) -> tuple[str, Any]:
 
 
 def _levels(buckets: dict[str, list[str]]) -> list[list[str]]:
-    """Converts the buckets of Label Studio to a list of the names at each rank, the best rank first. Buckets with
-    numbers as names are ranks; a single bucket lists its entries from best to worst."""
+    """Converts Label Studio's buckets to a list with the names of the answers at each rank, best rank first. If the
+    names of buckets are numbers, they are the ranks. If there is only one bucket, its entries are listed from best to
+    worst."""
     named = {name: entries for name, entries in buckets.items() if name != "_" and entries}
     if len(named) == 1 and not next(iter(named)).isdecimal():
         return [[entry] for entry in next(iter(named.values()))]
@@ -239,8 +239,8 @@ WRITERS = {"argilla": to_argilla, "label-studio": to_label_studio}
 
 
 def read(path: Path) -> Iterator[tuple[Item, Votes]]:
-    """Yields items with their votes from a file of Argilla or Label Studio. Raises UserError with the position of the
-    first invalid record."""
+    """Yields each item and its votes from a file exported by Argilla or Label Studio. Raises UserError with the
+    position of the first invalid record."""
     with reading(path):
         if path.stat().st_size > LARGEST:
             raise UserError(f"larger than {LARGEST >> 30} GiB", str(path), "split it")
@@ -254,4 +254,4 @@ def read(path: Path) -> Iterator[tuple[Item, Votes]]:
             elif isinstance(record, dict) and "data" in record:
                 yield from_label_studio(record)
             else:
-                raise UserError("the record is neither Argilla's (fields) nor Label Studio's (data)", f"{path}[{i}]")
+                raise UserError("the record has neither 'fields' (Argilla) nor 'data' (Label Studio)", f"{path}[{i}]")

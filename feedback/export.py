@@ -2,13 +2,13 @@
 
     python -m feedback.export --db=votes.db --out=FOLDER [--each] [--format=rows|argilla|label-studio]
 
-The following files are written to FOLDER, unless they would have no rows: preference.jsonl (prompt, chosen, rejected),
-preference_ties.jsonl (also ties, with a column `tie`), rankings_2.jsonl to rankings_4.jsonl (answers, ranks), kto.jsonl
-(completion, label), ratings_ASPECT.jsonl, corrections.jsonl (the edit is chosen, the original rejected), sft.jsonl (the
-best answers), sft_corrections.jsonl, and flags.jsonl. `train` and TRL read these files directly. Several people's votes
-on an item become one ranking; with --each, every vote becomes a ranking of its own. Gold items and undone or erased
-decisions give no rows. --format=argilla or label-studio writes one file with items and votes, which `feedback.load` can
-read.
+The following files are written to FOLDER, except those that would have no rows: preference.jsonl (prompt, chosen,
+rejected), preference_ties.jsonl (the same with ties, in a column `tie`), rankings_2.jsonl to rankings_4.jsonl (answers,
+ranks), kto.jsonl (completion, label), ratings_ASPECT.jsonl, corrections.jsonl (pairs in which the edited answer is
+chosen and the original is rejected), sft.jsonl (the best answers), sft_corrections.jsonl, and flags.jsonl. `train` and
+TRL read these files directly. If several people voted on an item, their votes are combined into one ranking; with
+--each, every vote becomes its own ranking. Gold items are not exported, nor are decisions that were undone or erased.
+--format=argilla or label-studio writes one file with items and votes, which `feedback.load` can read.
 """
 
 import sys
@@ -25,8 +25,8 @@ from feedback.store import Store
 def main(argv: list[str]) -> int | None:
     parser = cli.Parser("feedback.export", __doc__)
     parser.add_argument("--db", required=True)
-    parser.add_argument("--out", required=True, help="a folder, made if there is none")
-    parser.add_argument("--each", action="store_true", help="write one row per vote instead of one per item")
+    parser.add_argument("--out", required=True, help="a folder; created if it does not exist")
+    parser.add_argument("--each", action="store_true", help="export every vote instead of one ranking per item")
     parser.add_argument("--format", default="rows", help="rows, argilla or label-studio")
     args = parser.parse_args(argv)
     path, out = Path(args.db).expanduser(), Path(args.out).expanduser()
@@ -41,15 +41,15 @@ def main(argv: list[str]) -> int | None:
         if flagged := list(rows.flags(items, state)):
             found["flags"] = flagged
         if not found:
-            raise UserError("no decision to export yet", str(path), "vote first")
+            raise UserError("there are no decisions to export yet", str(path), "vote first")
     else:
         found = {args.format: exchange.WRITERS[args.format](items, state)}
     written(out, found, one=args.format != "rows")
 
 
 def written(out: Path, found: rows.Rows, one: bool) -> None:
-    """Writes the files. Files of an earlier export that have no rows now are deleted, since they may hold decisions
-    that were erased in the meantime."""
+    """Writes the files. If a file from an earlier export would have no rows now, it is deleted, because it may contain
+    decisions that have been erased since."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for old in out.glob("*.jsonl") if not one else ():

@@ -8,14 +8,14 @@ from common.types import Json
 
 
 class Event(NamedTuple):
-    """One event. `kind` is vote, resolve (the owner's resolution of a disagreement), undo (takes back the annotator's
-    decision about the same item) or erase (no earlier decision of the annotator counts any longer).
+    """One event. `kind` is vote, resolve (the owner resolves a disagreement), undo (withdraws the annotator's decision
+    about the same item) or erase (withdraws all earlier decisions of the annotator).
 
-    `version` is the number of the annotator's earlier events about the item. The content of a vote has choice (ranks,
-    bad or skip), ranks, ratings {aspect: [1 to 5 or None]}, edits and flags {answer: text}, order (of the answers on
-    the page), ms (the milliseconds that the decision took), guidelines (the version of the guidelines), informed
-    (whether the annotator had seen the judge's ranks), key (identifies the request), and the model and sampling of each
-    answer.
+    `version` is the number of events that the annotator already had for the item. The content of a vote has choice
+    (ranks, bad or skip), ranks, ratings {aspect: [1 to 5 or None]}, edits and flags {answer: text}, order (of the
+    answers on the page), ms (milliseconds that the page was visible before the decision), guidelines (the version of
+    the guidelines), informed (whether the annotator had seen the judge's ranks), key (identifies the request), and the
+    model and sampling settings of each answer.
     """
 
     id: int
@@ -32,20 +32,21 @@ class Event(NamedTuple):
 
 
 class State:
-    """`votes[item][annotator]` and `resolved[item]` are the decisions that count.
+    """The state after all events so far. `votes[item][annotator]` and `resolved[item]` are the decisions in force,
+    without those that were undone, erased or replaced.
 
-    Other threads may read a state while `followed` makes the next one, so the dicts of a state never change.
+    Other threads may read a state while `followed` computes the next one. Therefore the dicts of a state never change.
     """
 
     def __init__(self) -> None:
-        self.last = 0  # the number of the newest event
+        self.last = 0  # id of the newest event
         self.votes: dict[str, dict[str, Event]] = {}
         self.resolved: dict[str, Event] = {}
         self.versions: dict[tuple[str, str], int] = {}
         self.newest: dict[str, Event] = {}  # each annotator's newest vote or resolution
 
     def followed(self, events: Iterable[Event]) -> "State":
-        """Returns the state after further events. The present state stays unchanged."""
+        """Returns the state after further events. This state does not change."""
         new = State()
         for name, value in vars(self).items():
             setattr(new, name, copy.copy(value))
@@ -81,28 +82,28 @@ class State:
             del self.resolved[item]
 
     def decision(self, annotator: str, item: str) -> Event | None:
-        """The annotator's current decision about an item."""
+        """Returns the annotator's current decision about an item."""
         if event := self.votes.get(item, {}).get(annotator):
             return event
         event = self.resolved.get(item)
         return event if event and event.annotator == annotator else None
 
     def of(self, annotator: str) -> list[Event]:
-        """The annotator's votes, the oldest first."""
+        """Returns the annotator's votes, oldest first."""
         found = [votes[annotator] for votes in self.votes.values() if annotator in votes]
         return sorted(found, key=lambda event: event.id)
 
 
 def relation(ranks: list[int | None] | None, i: int, j: int) -> int | None:
-    """1 if answer i is preferred to answer j, -1 if answer j is preferred, 0 for a tie; None if the two were not
-    compared."""
+    """Returns 1 if answer i is preferred to answer j, -1 if answer j is preferred, 0 for a tie, and None if the two
+    were not compared."""
     if ranks is None or ranks[i] is None or ranks[j] is None:
         return None
     return (ranks[i] < ranks[j]) - (ranks[i] > ranks[j])  # type: ignore[operator]
 
 
 def disputed(votes: dict[str, Event]) -> bool:
-    """Whether two people contradict each other on an item; a skip contradicts nothing."""
+    """Returns whether any two people contradict each other on an item. Skipping an item contradicts nothing."""
     given = [event for event in votes.values() if event.content["choice"] != "skip"]
     if len(given) < 2:
         return False

@@ -1,4 +1,4 @@
-"""An item is a prompt with two to four answers, which people compare."""
+"""Reads and checks items. An item is a prompt with two to four answers, which people compare."""
 
 import hashlib
 import json
@@ -13,20 +13,20 @@ from data import messages, sources
 
 LETTERS = "ABCD"
 SCALE = 5  # the highest rating; the lowest is 1
-LONGEST = 8 << 20  # maximum characters of an item
+LONGEST = 8 << 20  # maximum length of an item, in characters
 
 
 @dataclass(frozen=True)
 class Item:
-    """`content` has prompt (text or messages) and answers [{text, model, sampling}]; optionally judge {model, ranks,
-    why}, gold (ranks that are known to be right), aspects to rate, and id. The best rank is 1; a rank of None stands
-    for an answer that was not judged."""
+    """`content` has prompt (text or messages) and answers [{text, model, sampling}]. Optional keys are judge {model,
+    ranks, why}, gold (ranks that are known to be right), aspects (names of qualities to rate), and id. The best rank is
+    1. A rank of None means that the answer was not judged."""
 
     content: Json
 
     @cached_property
     def hash(self) -> str:
-        """A hash of the texts that an annotator sees: the prompt and the answers."""
+        """Returns a hash of the texts that an annotator sees: the prompt and the answers."""
         seen = json.dumps([self.content["prompt"], self.texts], ensure_ascii=False)
         return hashlib.sha256(seen.encode()).hexdigest()[:16]
 
@@ -54,13 +54,13 @@ class Item:
         return [(role, text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)) for role, text in turns]
 
     def answered(self, text: str) -> str | list[Json]:
-        """An answer in the same form as the prompt (text or messages), for a training row."""
+        """Returns an answer for a training row, in the same form as the prompt: a text or a list of messages."""
         return text if isinstance(self.content["prompt"], str) else [{"role": "assistant", "content": text}]
 
 
 def read(spec: str, aspects: Sequence[str] = ()) -> Iterator[Item]:
-    """Yields the items of a file. Items that name no aspects get `aspects`. Raises UserError with the position of the
-    first invalid item."""
+    """Yields the items of a file. If an item lists no aspects, it gets `aspects`. Raises UserError with the position of
+    the first invalid item."""
     for row in sources.rows(spec):
         if row.record is None:
             raise UserError(row.reason, row.where)
@@ -71,9 +71,9 @@ def read(spec: str, aspects: Sequence[str] = ()) -> Iterator[Item]:
 
 
 def item(record: Json) -> Item:
-    """Makes an item from a record. Raises UserError if the record is not an item."""
+    """Makes an item from a record. Raises UserError if the record is not a valid item."""
     if missing := {"prompt", "answers"} - record.keys():
-        raise UserError(f"no column {min(missing)!r}", "", "an item has prompt and answers")
+        raise UserError(f"no column {min(missing)!r}", "", "an item needs the columns 'prompt' and 'answers'")
     prompt, answers = record["prompt"], messages.parsed(record["answers"])
     if not isinstance(prompt, str):
         prompt = messages.messages(prompt, "prompt")
@@ -95,7 +95,7 @@ def item(record: Json) -> Item:
     if record.get("id") is not None:
         out["id"] = str(record["id"])
     if len(json.dumps(out, ensure_ascii=False)) > LONGEST:
-        raise UserError(f"an item of more than {LONGEST >> 20} million characters", "", "shorten its answers")
+        raise UserError(f"the item has more than {LONGEST >> 20} million characters", "", "shorten its answers")
     return Item(out)
 
 
@@ -107,11 +107,11 @@ def _answer(value: Any, i: int) -> Json:
 
 
 def ranks(value: Any, count: int, name: str) -> list[int | None]:
-    """Checks a list of ranks and returns it without gaps: [2, 7, None, 2] becomes [1, 2, None, 1]."""
+    """Checks a list of ranks, and renumbers them so that they have no gaps: [2, 7, None, 2] becomes [1, 2, None, 1]."""
     if not isinstance(value, list) or len(value) != count:
         raise UserError(f"{name} is not a list of {count} ranks, one for each answer")
     if not all(rank is None or (type(rank) is int and rank >= 1) for rank in value):
-        raise UserError(f"{name} holds something else than whole numbers from 1 on")
+        raise UserError(f"{name} contains a value that is neither null nor a whole number of 1 or more")
     return dense(value)
 
 

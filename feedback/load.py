@@ -2,8 +2,8 @@
 
     python -m feedback.load --db=votes.db --file=export.json
 
-The file is a list of Argilla's records (its SDK's `to_json`) or of Label Studio's tasks (its JSON export). Votes that
-are already in the database are not changed or repeated, so the same file can be loaded again.
+The file is a list of Argilla records (as written by `to_json` in its SDK) or of Label Studio tasks (its JSON export).
+If the database already has a person's vote on an item, it keeps that vote, so the same file can be loaded again.
 """
 
 import sys
@@ -18,12 +18,12 @@ from feedback.store import OWNER, Stale, Store
 @cli.command
 def main(argv: list[str]) -> int | None:
     parser = cli.Parser("feedback.load", __doc__)
-    parser.add_argument("--db", required=True, help="a SQLite file, made if there is none")
+    parser.add_argument("--db", required=True, help="a SQLite file; created if it does not exist")
     parser.add_argument("--file", required=True)
     args = parser.parse_args(argv)
     found = list(exchange.read(Path(args.file).expanduser()))
     if any(name == OWNER for _, votes in found for name, _ in votes):
-        raise UserError(f"an annotator is called {OWNER!r}", args.file, "rename them")
+        raise UserError(f"an annotator has the reserved name {OWNER!r}", args.file, "rename them")
     store, new = Store(Path(args.db).expanduser()), 0
     items, _ = store.add(item for item, _ in found)
     for item, votes in found:
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int | None:
                 new += 1
             except Stale:
                 continue
-    print(f"{items:,} items and {new:,} votes are new")
+    print(f"added {items:,} items and {new:,} votes")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Computes the figures on a person's page and on the owner's page."""
+"""Computes the statistics on a person's page and on the owner's page."""
 
 import statistics
 import time
@@ -16,14 +16,16 @@ SHOWN = 200  # maximum number of decisions on a person's page
 
 
 def spelled(ranks: Sequence[int | None]) -> str:
-    """Ranks as text, such as "B > A = C". The letters name the answers in the order in which the page shows them."""
+    """Returns ranks as text, such as "B > A = C". The letters A, B, ... name the answers in the order of `ranks`, which
+    is the order on the page."""
     levels = sorted({rank for rank in ranks if rank is not None})
     groups = [" = ".join(LETTERS[i] for i, rank in enumerate(ranks) if rank == level) for level in levels]
     return " > ".join(groups) or "not ranked"
 
 
 def sentence(event: Event, at: list[int]) -> str:
-    """A decision as text. The letters A, B, ... name the answers in the order `at`, in which a page shows them."""
+    """Returns a decision as text. The letters A, B, ... name the answers in the order `at`, in which the page shows
+    them."""
     content = event.content
     view = {"bad": "all bad", "skip": "skipped"}.get(content["choice"]) or spelled([content["ranks"][i] for i in at])
     more = [word for word, key in (("corrected", "edits"), ("flagged", "flags")) if content[key]]
@@ -31,13 +33,13 @@ def sentence(event: Event, at: list[int]) -> str:
 
 
 def agree(event: Event, ranks: list[int | None]) -> bool:
-    """Whether a vote and the given ranks never prefer opposite answers."""
+    """Returns whether a vote and the given ranks do not contradict each other on any pair of answers."""
     pairs = [(i, j) for i in range(len(ranks)) for j in range(i)]
     return all((relation(event.ranks, i, j) or 0) * (relation(ranks, i, j) or 0) >= 0 for i, j in pairs)
 
 
 def percent(figure: Figure) -> str:
-    """A figure as text, such as "63 % (55-70, n 120)"."""
+    """Returns a figure as text, such as "63 % (55-70, n 120)"."""
     return _spelled(figure, lambda x: f"{100 * x:.0f}", " %")
 
 
@@ -54,8 +56,8 @@ def _spelled(figure: Figure, spell, unit: str, to: str = "-") -> str:
 
 
 def person(store: Store, name: str, units: Units | None = None) -> Json:
-    """The figures of one annotator. Agreement with the judge leaves out votes by people who had seen the judge's
-    ranks."""
+    """Returns the statistics for one annotator. The agreement with the judge leaves out votes that were given after the
+    annotator had seen the judge's ranks."""
     state, items = store.state, store.items
     units = units or agreement.units(state, items.values())
     events = [event for event in state.of(name) if event.item in items]
@@ -105,7 +107,7 @@ def everybody(store: Store) -> Json:
             "two people agree on a pair of answers": percent(found["share"]),
             "Fleiss' kappa": kappa(found["fleiss"]),
             "Krippendorff's alpha": kappa(found["alpha"]),
-            **{f"Krippendorff's alpha of {k!r} (interval)": kappa(v) for k, v in _ratings(store).items()},
+            **{f"Krippendorff's alpha of {k!r} ratings (interval scale)": kappa(v) for k, v in _ratings(store).items()},
         },
         "pairs": [(a, b, kappa(figure)) for (a, b), figure in agreement.of_pairs(units).items()],
     }

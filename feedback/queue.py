@@ -9,9 +9,9 @@ from feedback.store import Store
 
 
 class Queue:
-    """Hands out items in the order in which they were added, so the order of the items in a file is their priority. An
-    item has enough votes when `wanted` people (0: everybody) have decided on it or are looking at it. Gold items are
-    shown to everybody."""
+    """Hands out items in the order in which they were added, so the first items of a file get votes first. An item is
+    not given to more people once `wanted` people have decided on it or are looking at it; if `wanted` is 0, everybody
+    gets every item. Gold items are always shown to everybody."""
 
     def __init__(self, store: Store, wanted: int):
         self.store, self.wanted = store, wanted
@@ -19,14 +19,14 @@ class Queue:
         self.lock = threading.Lock()
 
     def take(self, annotator: str) -> Item | None:
-        """The next item for this person, which stays the same until the person decides on it."""
+        """Returns the next item for this person. It stays the same until the person decides on it."""
         with self.lock:
             found = next(self.open(annotator), None)
             self.looking[annotator] = found.hash if found else ""
             return found
 
     def open(self, annotator: str) -> Iterator[Item]:
-        """The items that this person may decide on, in the order in which they were added."""
+        """Yields the items on which this person may still decide, in the order in which they were added."""
         state, looking = self.store.state, {}
         for name, item in self.looking.items():
             looking.setdefault(item, set()).add(name)
@@ -38,14 +38,14 @@ class Queue:
                 yield item
 
     def progress(self, annotator: str) -> tuple[int, int]:
-        """Returns (number of items that the annotator has decided, this number plus the number of items still open to
-        them)."""
+        """Returns (done, total). `done` is the number of items on which the annotator has decided, and `total` also
+        counts the items on which the annotator may still decide."""
         with self.lock:
             state = self.store.state
             done = sum(annotator in state.votes.get(name, {}) for name in self.store.items)
             return done, done + sum(1 for _ in self.open(annotator))
 
     def disputed(self) -> list[str]:
-        """Unresolved items on which people contradict each other."""
+        """Returns the hashes of the unresolved items on which people contradict each other."""
         state = self.store.state
         return [n for n in self.store.items if disputed(state.votes.get(n, {})) and n not in state.resolved]

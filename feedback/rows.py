@@ -1,4 +1,4 @@
-"""Makes training rows from the decisions that count."""
+"""Makes training rows from the decisions in force."""
 
 import itertools
 import re
@@ -12,9 +12,9 @@ Rows = dict[str, list[Json]]
 
 
 def rows(items: Iterable[Item], state: State, each: bool = False) -> Rows:
-    """Returns {name of a file: rows}. The votes on an item become one ranking (see `consensus`) or, with `each`, one
-    ranking per vote. The owner's resolution of a disagreement replaces all votes. Gold items, which only test
-    annotators, are left out, and so are skipped items."""
+    """Returns {file name: rows}. The votes on an item are combined into one ranking (see `consensus`) or, if `each` is
+    true, give one ranking per vote. If the owner has resolved a disagreement, the resolution replaces all votes. Gold
+    items, which only test annotators, are left out, and so are skipped items."""
     out: Rows = {}
     for item in items:
         events = decisions(item, state)
@@ -31,17 +31,17 @@ def rows(items: Iterable[Item], state: State, each: bool = False) -> Rows:
 
 
 def decisions(item: Item, state: State) -> list[Event]:
-    """Returns the owner's resolution of an item or, if there is none, all votes on the item, the oldest first. Skips
-    are left out."""
+    """Returns the owner's resolution of an item or, if there is none, all votes on the item, oldest first. Votes that
+    skip the item are left out."""
     found = state.resolved.get(item.hash)
     events = [found] if found else sorted(state.votes.get(item.hash, {}).values(), key=lambda event: event.id)
     return [event for event in events if event.content["choice"] != "skip"]
 
 
 def consensus(item: Item, events: list[Event]) -> list[int | None] | None:
-    """Ranks the answers by the number of comparisons won minus the number of comparisons lost, over all votes (as in
-    Copeland's and Borda's methods). With two answers, the majority decides. Returns None if no answers were compared,
-    or if most people say that all answers are bad."""
+    """Ranks the answers by the number of comparisons that they won minus the number that they lost, over all votes
+    (similar to the methods of Copeland and Borda). With two answers, this is the majority vote. Returns None if no
+    answers were compared, or if most people said that all answers are bad."""
     count = len(item.texts)
     if mostly_bad(events):
         return None
@@ -63,7 +63,7 @@ def mostly_bad(events: list[Event]) -> bool:
 
 
 def known(name: str) -> bool:
-    """Whether `name` is the name of a file that an export may have written."""
+    """Returns whether `name` is the name of a file that an export may have written."""
     names = "preference|preference_ties|rankings_[2-4]|kto|ratings_.*|corrections|sft|sft_corrections|flags"
     return re.fullmatch(names, name) is not None
 
@@ -82,9 +82,9 @@ def _pair(item: Item, chosen: str, rejected: str) -> Json:
 
 
 def _ranked(out: Rows, item: Item, ranks: list[int | None]) -> None:
-    """Adds a ranking, pairs, labels for the best and the worst answers, and a single best answer as an SFT row.
-    Rankings with different numbers of answers are kept in different files, since all rows of a data set must have the
-    same number of answers."""
+    """Adds the rows that follow from a ranking: the ranking itself, preference pairs, KTO labels for the best and the
+    worst answers and, if only one answer is best, an SFT row. Each number of answers has its own file of rankings,
+    because all rows of a data set must have the same number of answers."""
     known = [(text, rank) for text, rank in zip(item.texts, ranks) if rank is not None]
     texts, places = [text for text, _ in known], dense([rank for _, rank in known])
     answers = [item.answered(text) for text in texts]

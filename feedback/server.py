@@ -1,4 +1,5 @@
-"""Serves the feedback page: starlette routes behind checks of the host, the origin and each person's secret link."""
+"""Serves the feedback page with starlette. Every request is checked for its host, its origin and a person's secret
+link."""
 
 import functools
 import itertools
@@ -30,7 +31,7 @@ from feedback.queue import Queue
 from feedback.store import OWNER, Stale, Store
 from feedback.votes import REASON
 
-BODY = 32 << 20  # maximum bytes of a request, which may contain four edited answers
+BODY = 32 << 20  # maximum size of a request, in bytes; it may contain four edited answers
 CLIENTS = 512
 PAGES = Path(__file__).parent / "pages"
 STATIC = {"page.css": "text/css", "page.js": "text/javascript"}
@@ -43,14 +44,14 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-# Characters that are invisible, or that change how other characters are displayed.
-# Zero-width joiners are not among these characters, since some scripts and emoji need joiners.
+# Characters that are invisible, or that change how the characters around them are displayed. Zero-width joiners are not
+# included, because some scripts and emoji need them.
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\U000e0000-\U000e007f]"
 )
-MARKED = 2000  # at most this many special characters per text get an HTML element of their own
-PART = 8000  # maximum characters of a part of a long text
+MARKED = 2000  # maximum number of special characters per text that get their own HTML element
+PART = 8000  # maximum length of each part of a long text, in characters
 
 
 def serve(app: Starlette) -> uvicorn.Server:
@@ -60,8 +61,8 @@ def serve(app: Starlette) -> uvicorn.Server:
 
 
 def application(store: Store, port: int, base: str = "", wanted: int = 0) -> Starlette:
-    """The web application. `base` is the public address of a proxy in front of this server. `wanted` is the number of
-    votes per item; 0 asks for a vote from everybody."""
+    """Returns the web application. `base` is the public address of a proxy in front of this server. `wanted` is the
+    number of votes per item; 0 means that everybody votes on every item."""
     service = Service(store, Queue(store, wanted))
     page, act = service.page, service.act
     routes = [
@@ -82,8 +83,8 @@ def application(store: Store, port: int, base: str = "", wanted: int = 0) -> Sta
 
 
 class Guard:
-    """Refuses requests that name another host, and POST requests from pages of other sites. Adds HEADERS to all
-    responses."""
+    """Refuses requests with a host name that is not this server's, and POST requests from pages of other sites. Adds
+    HEADERS to all responses."""
 
     def __init__(self, app: ASGIApp, origins: set[str]):
         self.app = app
@@ -100,15 +101,16 @@ class Guard:
         headers = dict(scope["headers"])
         refused = ""
         if headers.get(b"host") not in self.hosts:
-            refused = "the request names another host"
+            refused = "the host name of the request is not this server's"
         elif scope["method"] not in ("GET", "HEAD") and headers.get(b"origin") not in self.origins:
-            refused = "the request comes from another site"
+            refused = "the request comes from a page of another site"
         answer = PlainTextResponse(refused, 403) if refused else self.app
         await answer(scope, receive, headed)
 
 
 class Service:
-    """Serves the pages and actions of a person. The owner sees everybody's figures and resolves disagreements."""
+    """Serves each person's pages and handles their actions. The owner sees statistics about all people, and resolves
+    disagreements."""
 
     def __init__(self, store: Store, queue: Queue):
         self.store, self.queue = store, queue
@@ -121,7 +123,7 @@ class Service:
     def who(self, request: Request) -> str:
         name = self.store.person(request.path_params["token"])
         if name is None:
-            raise HTTPException(404, "no such page: a personal link is needed")
+            raise HTTPException(404, "no such page: open your personal link")
         return name
 
     def page(self, make: Callable[[str, Request], Response]) -> Callable[[Request], Awaitable[Response]]:
@@ -163,7 +165,8 @@ class Service:
     # --- pages ---
 
     def task(self, name: str, request: Request) -> Response:
-        """Shows the annotator's next item, or the item that the address names. The owner gets the overview."""
+        """Shows the annotator's next item, or the item given by the query parameter `item`. The owner gets the overview
+        instead."""
         if name == OWNER:
             return self.render("overview.html.j2", **overview.everybody(self.store))
         asked = request.query_params.get("item")
@@ -175,7 +178,7 @@ class Service:
     def settle(self, name: str, request: Request) -> Response:
         """Shows the owner the next disagreement to resolve."""
         if name != OWNER:
-            raise HTTPException(404, "only the owner resolves disagreements")
+            raise HTTPException(404, "only the owner can resolve disagreements")
         left = self.queue.disputed()
         asked = request.query_params.get("item")
         return self.ask(name, self.item(asked) if asked in left else next(map(self.item, left), None), "resolve")
@@ -198,7 +201,8 @@ class Service:
         )  # fmt: skip
 
     def result(self, name: str, event: Any) -> Json:
-        """The person's newest decision, which can be taken back, and the judge's ranks of the same answers."""
+        """Returns the person's newest decision, which can still be undone, and the judge's ranks for the same
+        answers."""
         judge = self.store.items[event.item].judge
         at = event.content["order"]
         agrees = bool(judge) and overview.agree(event, judge["ranks"])
@@ -221,7 +225,7 @@ class Service:
         return self.render("person.html.j2", depth=2, whole=True, **overview.person(self.store, who))
 
     def answer(self, name: str, request: Request) -> Response:
-        """Returns the unchanged text of an answer, which a person wants to edit."""
+        """Returns the original text of an answer that a person is about to edit."""
         item, place = self.item(request.query_params.get("item")), request.query_params.get("place", "")
         at = votes.shown(name, item)
         if place not in map(str, range(len(at))):
@@ -245,7 +249,7 @@ class Service:
         return {}
 
     def draft(self, name: str, item: Item, given: Json) -> Json:
-        """Keeps a draft. Raises Stale if the item was decided in the meantime."""
+        """Saves a draft. Raises Stale if the person has decided on the item in the meantime."""
         if self.store.state.versions.get((name, item.hash), 0) != given["version"]:
             raise Stale
         self.store.keep(name, item.hash, given)
@@ -269,15 +273,16 @@ async def body_of(request: Request) -> bytes:
     async for part in request.stream():
         body += part
         if len(body) > BODY:
-            raise HTTPException(413, f"a request has at most {BODY} bytes")
+            raise HTTPException(413, f"the request is larger than {BODY} bytes")
     return bytes(body)
 
 
 def shown(text: str) -> Markup:
-    """A text as HTML, with a visible mark in place of each character that is invisible or that reorders other
+    """Returns a text as HTML, with a visible mark in place of each character that is invisible or that reorders other
     characters.
 
-    Long texts are divided into parts, each in a box of its own, so that a browser lays out only the parts in view.
+    A long text is divided into parts, and each part becomes a separate element, so that the browser needs to lay out
+    only the visible parts.
     """
     parts = list(cut(text.replace("\r\n", "\n")))
     if len(parts) < 2:
@@ -286,7 +291,7 @@ def shown(text: str) -> Markup:
 
 
 def cut(text: str) -> Iterator[str]:
-    """Splits a text into parts of at most PART characters, after the end of a line or a word if possible."""
+    """Splits a text into parts of at most PART characters, at the end of a line or a word if possible."""
     start = 0
     while len(text) - start > PART:
         ends = (text.rfind(space, start, start + PART) + 1 for space in "\n ")

@@ -1,4 +1,4 @@
-"""Stores items, people, guidelines, drafts and events in one SQLite file. Events are only appended, never changed."""
+"""Stores items, people, guidelines, drafts and events in one SQLite file. Events are never changed or deleted."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from feedback.items import Item
 
 FORMAT = 1  # PRAGMA user_version
 NAME = 0x6B756E67  # PRAGMA application_id
-LONGEST = 100  # maximum characters of a name
+LONGEST = 100  # maximum length of a name, in characters
 OWNER = "owner"  # the name of the person who sees everybody's decisions and resolves disagreements
 SCHEMA = f"""
 CREATE TABLE items (place INTEGER PRIMARY KEY, hash TEXT UNIQUE NOT NULL, content TEXT NOT NULL);
@@ -35,8 +35,8 @@ PRAGMA user_version = {FORMAT};
 
 
 class Stale(Exception):
-    """Raised for a decision about an item that the annotator has decided on in the meantime, for example in another
-    tab."""
+    """Raised for a decision that is out of date, because the annotator has decided on the item in the meantime, for
+    example in another tab."""
 
 
 class Guidelines(NamedTuple):
@@ -46,11 +46,11 @@ class Guidelines(NamedTuple):
 
 
 class Store:
-    """A database that several threads and several processes may use at the same time. A decision is durable when
-    `append` returns."""
+    """A database that several threads and several processes may use at the same time. When `append` returns, the
+    decision is safely on disk."""
 
     def __init__(self, path: Path):
-        """Opens the file, or makes it if it does not exist. Raises UserError if the file cannot be used."""
+        """Opens the file, or creates it if it does not exist. Raises UserError if the file cannot be used."""
         self.path, self._lock, self._state = path, threading.RLock(), State()
         with self._reading():
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # the file contains secret links
@@ -63,9 +63,7 @@ class Store:
             if self._pragma("application_id") != NAME:
                 raise UserError("another program's database", str(path), "choose another --db")
             if self._pragma("user_version") != FORMAT:
-                raise UserError(
-                    f"a database of format {self._pragma('user_version')}; format {FORMAT} is read", str(path)
-                )
+                raise UserError(f"the database has format {self._pragma('user_version')}, not {FORMAT}", str(path))
             self.db.execute("PRAGMA journal_mode = WAL")
             self.items = self._items()
 
@@ -81,7 +79,8 @@ class Store:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Runs one transaction at a time, which is written completely or not at all."""
+        """Runs the block as a transaction, which is written completely or not at all. Only one transaction runs at a
+        time."""
         with self._lock:
             self.db.execute("BEGIN IMMEDIATE")
             try:
@@ -103,8 +102,8 @@ class Store:
         return {name: Item(json.loads(content)) for name, content in rows}
 
     def add(self, items: Iterable[Item]) -> tuple[int, int]:
-        """Adds items behind the items that are already in the database. Returns (number of new items, number of items
-        that were already in the database)."""
+        """Adds items after those that are already in the database. Returns (number of new items, number of items that
+        were already in the database)."""
         new = seen = 0
         with self._writing():
             for item in items:
@@ -117,10 +116,10 @@ class Store:
         return new, seen
 
     def link(self, name: str) -> str:
-        """The secret part of a person's link, which is made at the first call. Raises UserError for an unusable
-        name."""
+        """Returns the secret part of a person's link, and creates it at the first call. Raises UserError if the name
+        cannot be used."""
         if not name.isprintable() or "/" in name or not 0 < len(name) <= LONGEST:
-            raise UserError(f"{name!r} cannot be a name", "annotators", f"up to {LONGEST} visible characters without /")
+            raise UserError(f"{name!r} cannot be a name", "annotators", f"up to {LONGEST} visible characters, but no /")
         with self._writing():
             self.db.execute("INSERT OR IGNORE INTO people VALUES (?, ?)", (name, secrets.token_urlsafe(24)))
             return self.db.execute("SELECT token FROM people WHERE name = ?", (name,)).fetchone()[0]
@@ -136,14 +135,14 @@ class Store:
         return [name for (name,) in rows]
 
     def guide(self, text: str) -> None:
-        """Adds a version of the guidelines, unless the newest version has the same text."""
+        """Adds a new version of the guidelines, unless the text equals that of the newest version."""
         with self._writing():
             newest = self.db.execute("SELECT text FROM guidelines ORDER BY version DESC").fetchone()
             if not newest or newest[0] != text:
                 self.db.execute("INSERT INTO guidelines (time, text) VALUES (?, ?)", (time.time(), text))
 
     def guidelines(self) -> list[Guidelines]:
-        """All versions of the guidelines, the newest first."""
+        """Returns all versions of the guidelines, newest first."""
         with self._lock:
             rows = self.db.execute("SELECT * FROM guidelines ORDER BY version DESC").fetchall()
         return [Guidelines(*row) for row in rows]
@@ -164,7 +163,8 @@ class Store:
 
     @property
     def state(self) -> State:
-        """The newest state, with the events that other processes have appended. A returned state never changes."""
+        """The current state, including events that other processes have appended. A state that was returned never
+        changes."""
         with self._lock:
             if events := self._events(self._state.last):
                 self._state = self._state.followed(events)
@@ -179,10 +179,10 @@ class Store:
             return self._events()
 
     def append(self, kind: str, annotator: str, item: str, version: int | None, content: Json) -> Event:
-        """Appends an event, which is durable when this method returns. `version` is the number of the annotator's
-        events about the item at the time when the page was made, or None for the current number. Raises Stale if the
-        annotator has made more events about the item since then. A repeated request changes nothing and raises no
-        error."""
+        """Appends an event, which is safely on disk when this method returns. `version` is the number of events that
+        the annotator had for the item when the page was rendered, or None for the current number. Raises Stale if the
+        annotator has added events for the item since then. If the same request is repeated, nothing changes and no
+        error is raised."""
         with self._writing():
             known = self.state.versions.get((annotator, item), 0)
             version = known if version is None else version
@@ -204,8 +204,8 @@ class Store:
         return Event(done.lastrowid or 0, now, kind, annotator, item, version, content)
 
     def erase(self, annotator: str) -> int:
-        """Appends an event after which no earlier decision of the annotator counts. Returns the number of decisions
-        that counted before."""
+        """Appends an event that withdraws all earlier decisions of the annotator. Returns how many decisions were in
+        force before."""
         count = len(self.state.of(annotator))
         self.append("erase", annotator, "", None, {})
         with self._writing():
@@ -222,7 +222,7 @@ def _line(content: Json) -> str:
 
 
 def _statements(script: str) -> Sequence[str]:
-    """Splits a script into its SQL statements. Splitting at semicolons would not work, since triggers contain
+    """Splits a script into its SQL statements. Splitting at semicolons would not work, because triggers contain
     semicolons."""
     out, part = [], ""
     for line in script.splitlines():

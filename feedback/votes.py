@@ -1,4 +1,4 @@
-"""Checks the decisions that a page sends, and converts them from the order of answers on the page to the order in the
+"""Checks the decisions that a page sends. Converts them from the order of the answers on the page to their order in the
 item."""
 
 import hashlib
@@ -13,37 +13,37 @@ from common.types import Json
 from feedback.items import SCALE, Item, ranks
 
 CHOICES = ("ranks", "bad", "skip")
-REASON = 2000  # maximum characters of a flag, and of a judge's reason on the page
+REASON = 2000  # maximum length of a flag, and of a judge's reason on the page, in characters
 DAY = 86_400_000  # milliseconds
 
 
 def order(annotator: str, item: str) -> random.Random:
-    """A random generator that gives a person the same order of answers in every tab."""
+    """Returns a random generator that gives the same order of answers in all browser tabs of a person."""
     return random.Random(hashlib.sha256(f"{annotator}/{item}".encode()).digest())
 
 
 def shown(annotator: str, item: Item) -> list[int]:
-    """The indices of the answers in the order in which a person sees them."""
+    """Returns the indices of the answers, in the order in which a person sees the answers."""
     numbers = list(range(len(item.texts)))
     order(annotator, item.hash).shuffle(numbers)
     return numbers
 
 
 def parse(body: bytes) -> Json:
-    """Parses the body of a request, which is a JSON object. Raises UserError if the body is something else."""
+    """Parses the body of a request. Raises UserError if the body is not a JSON object."""
     try:
         value = strict(body.decode())
-        json.dumps(value, ensure_ascii=False).encode()  # raises ValueError for half a surrogate pair
+        json.dumps(value, ensure_ascii=False).encode()  # raises ValueError for an unpaired surrogate
     except ValueError as e:
         raise UserError(f"the request is not JSON: {e}") from None
     if not isinstance(value, dict):
-        raise UserError("the request is not an object")
+        raise UserError("the request is not a JSON object")
     return value
 
 
 def decision(given: Json, item: Item, at: list[int], newest: int) -> Json:
-    """Makes the content of a vote from the decision `given` by a page. `at` is the order of the answers on the page;
-    `newest` is the newest version of the guidelines. Raises UserError for an invalid decision."""
+    """Makes the content of a vote from the decision `given`, which a page has sent. `at` is the order of the answers on
+    the page, and `newest` is the newest version of the guidelines. Raises UserError if the decision is invalid."""
     choice, count = given.get("choice"), len(at)
     if choice not in CHOICES:
         raise UserError("the choice must be ranks, bad or skip")
@@ -56,7 +56,7 @@ def decision(given: Json, item: Item, at: list[int], newest: int) -> Json:
     rated = any(value is not None for values in out["ratings"].values() for value in values)
     if choice == "ranks" and sum(place is not None for place in places) < 2:
         if not (rated or out["edits"] or out["flags"]):
-            raise UserError("nothing is decided yet", "", "rank two answers, or rate, correct or flag one")
+            raise UserError("the decision is empty", "", "rank at least two answers, or rate, correct or flag one")
         out["ranks"] = [None] * count
     answers = item.content["answers"]
     models = {key: [answer.get(key) for answer in answers] for key in ("model", "sampling")}
@@ -75,12 +75,12 @@ def _rating(given: Json, name: str, count: int) -> list[int | None]:
     values = _object(given, "ratings").get(name, [None] * count)
     fits = isinstance(values, list) and len(values) == count
     if not fits or not all(v is None or (type(v) is int and 1 <= v <= SCALE) for v in values):
-        raise UserError(f"ratings of {name!r} are not {count} numbers from 1 to {SCALE}")
+        raise UserError(f"the ratings of {name!r} must be {count} numbers from 1 to {SCALE}, or null")
     return values
 
 
 def _texts(given: Json, name: str, at: list[int]) -> dict[str, str]:
-    """Returns {number of the answer in the item: text}. In the request, the keys are positions of answers on the
+    """Returns {index of the answer in the item: text}. In the request, the keys are the positions of the answers on the
     page."""
     out = {}
     for place, text in _object(given, name).items():
@@ -105,7 +105,7 @@ def _number(given: Json, name: str, most: int) -> int:
 
 
 def undone(content: Json) -> Json:
-    """Converts a decision that was taken back to a draft, with the answers in the order of the page."""
+    """Converts a decision that was undone into a draft, with the answers in the order of the page."""
     at = content["order"]
     places = {str(answer): str(place) for place, answer in enumerate(at)}
     texts = {name: {places[i]: text for i, text in content[name].items()} for name in ("edits", "flags")}
