@@ -111,7 +111,7 @@ def ranks(value: Any, count: int, name: str) -> list[int | None]:
     if not isinstance(value, list) or len(value) != count:
         raise UserError(f"{name} is not a list of {count} ranks, one for each answer")
     if not all(rank is None or (type(rank) is int and rank >= 1) for rank in value):
-        raise UserError(f"{name} contains a value that is neither null nor a whole number of 1 or more")
+        raise UserError(f"{name} must contain only whole numbers from 1 upward, or null")
     return dense(value)
 
 
