@@ -281,8 +281,8 @@ def shown(text: str) -> Markup:
     """Returns a text as HTML, with a visible mark in place of each character that is invisible or that reorders other
     characters.
 
-    A long text is divided into parts, and each part becomes a separate element, so that the browser needs to lay out
-    only the visible parts.
+    A long text is divided into parts, and each part becomes a separate element, so the browser computes the layout of
+    visible parts only.
     """
     parts = list(cut(text.replace("\r\n", "\n")))
     if len(parts) < 2:
