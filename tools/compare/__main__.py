@@ -1,4 +1,4 @@
-"""Measures which method suits a task and what it costs: prompting, retrieval, LoRA, full fine-tuning, a hosted model.
+"""Measures which method suits a task and at what cost: prompting, retrieval, LoRA, full fine-tuning, hosted models.
 
     python -m tools.compare --task=rows.csv [--models=A,B] [--documents=SOURCE] [--methods=zero_shot,lora] [--plan]
         --budget=30min     upper limit: time, dollars (2usd) or FLOPs (1e15); default: no limit;
