@@ -20,9 +20,13 @@ from evals.run import choose
 from infer import bundle, models
 from infer.context import Context
 from infer.retrieve import index
+from infer.serve.batcher import Batcher
 from model.io.export import export_hf
+from tests.cases import people
+from tests.helpers.adapters import make
 from tests.helpers.models import TINY, random_model
 from tests.helpers.processes import run, start, timeless
+from tests.helpers.serving import running
 from tools.compare import __main__ as command
 from tools.compare import halving, inputs, plan, record, work
 from tools.compare.engine import Engine
@@ -288,3 +292,27 @@ def test_killed_at_random_moments_it_ends_with_the_same_choices_and_scores(model
     assert code == 0 and files.load_json(tmp_path / "killed" / record.NAME)["requests"] == 5
     code, _, err = run(*argv, "--epochs=2", f"--out={tmp_path / 'killed'}", module="tools.compare")
     assert code == exits.INPUT and "the folder has another comparison, with epochs 1.0" in err
+
+
+@pytest.mark.slow
+def test_a_model_of_this_machine_and_the_same_model_served(tmp_path):
+    network, params, _ = make()
+    export_hf(network, params, people.tokenizer(), tmp_path / "model", check=False)
+    rows, lm = tmp_path / "rows.csv", models.load(tmp_path / "model")
+    rows.write_text("question,answer\n" + "".join(f"{i}?,{i % 7}\n" for i in range(100)))
+    few = "--rungs=1", "--settings=1", "--seeds=1", "--epochs=1"
+    with running(Batcher(lm, rows=4, length=160)) as (port, errors):
+        served = f"openai:http://127.0.0.1:{port}/v1#base?in=2&out=10"
+        argv = [f"--task={rows}:scorer=exact", f"--models={tmp_path}/model,{served}", "--methods=zero_shot,lora"]
+        code, _, err = run(*argv, *few, f"--out={tmp_path}/out", module="tools.compare")
+    assert code == 0 and not errors, err
+    found = files.load_json(tmp_path / "out" / record.NAME)
+    tests = {(m["name"], m["model"] == served): m["tests"] for m in found["methods"] if m["status"] == "tested"}
+    assert tests.keys() == {("zero_shot", False), ("zero_shot", True), ("lora", False)}
+    here, there = (tests["zero_shot", far][0]["result"] for far in (False, True))
+    assert here["scores"] == there["scores"] and here["usd"] is None and there["flops"] is None
+    paid = (2 * there["prompt_tokens"] + 10 * there["completion_tokens"]) * there["n"] / 1e6
+    assert there["usd"] == pytest.approx(paid)
+    [rung] = next(c for c in found["candidates"] if c["model"] == served)["rungs"]
+    assert found["spent"]["usd"] == pytest.approx(paid + rung["result"]["usd"])
+    assert "the weights of a hosted model are not on this machine" in (tmp_path / "out/decision.html").read_text()

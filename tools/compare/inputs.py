@@ -112,12 +112,12 @@ def base(model: str, rows_of: Task) -> Base:
     for row in (row for part in rows_of.scored.values() for row in part):
         asked.append(_tokens(row["prompt"], tokenizer))
         answered.append(len(tokenizer.encode(row["answer"])) + 1)
-    cfg = config({"init": model, "peft.name": ""})
     context = open_model(model).config.context
     longest = max(a + b for a, b in zip(asked, answered, strict=True))
     if longest > context:
         what = f"a row has {longest:,} tokens, but the model's context only {context:,}"
         raise UserError(what, rows_of.spec, "shorten the rows, or choose another model")
+    cfg = config({"init": model, "peft.name": "", **shape(longest, 0, context)})
     forward = plan.describe(cfg, plan.blueprint(cfg))["flops_forward_per_token"]
     mean = lambda values: sum(values) / len(values)
     return Base(model, context, forward, mean(asked), mean(answered), longest)
@@ -141,10 +141,11 @@ def config(changes: dict[str, Leaf]) -> schema.Config:
     return schema.resolve(schema.read(str(schema.overrides.CHECKOUT / CONFIG)), changes, [], CONFIG)[0]
 
 
-def shape(longest: float, total: float) -> dict[str, Leaf]:
-    """Returns the row length and batch size for training on examples of at most `longest` tokens. If possible, a step
-    has at most SHARE tokens, and an epoch of `total` tokens has at least STEPS steps."""
-    length = max(64, math.ceil(longest / 64) * 64)
+def shape(longest: float, total: float, context: int) -> dict[str, Leaf]:
+    """Returns the row length and batch size for training on examples of at most `longest` tokens, which fit into the
+    model's context. If possible, a step has at most SHARE tokens, and an epoch of `total` tokens has at least STEPS
+    steps."""
+    length = min(context, max(64, math.ceil(longest / 64) * 64))
     rows = min(SHARE // length, int(total / length / STEPS))
     return {"data.seq_len": length, "data.batch_size": max(1, rows)}
 

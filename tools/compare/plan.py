@@ -34,7 +34,8 @@ class Prices:
         if x.setting.train is None:
             return 0.0
         base, passages = self.c.bases[x.model], self._passages(x)
-        changes = {**x.setting.train, "init": x.model, **inputs.shape(base.longest + passages, 0), "optim.lr": 1e-3}
+        shape = inputs.shape(base.longest + passages, 0, base.context)
+        changes = {**x.setting.train, "init": x.model, **shape, "optim.lr": 1e-3}
         layer, head = _per_token(tuple(sorted(changes.items())))
         return self.c.epochs * rows * ((base.prompt + passages + base.answer) * layer + base.answer * head)
 

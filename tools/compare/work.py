@@ -65,16 +65,16 @@ def check_documents(c: Comparison) -> None:
 def train(c: Comparison, x: Candidate, rows: int, seed: int, folder: Path) -> tuple[Stage, list[str]]:
     """Returns the stage that trains a candidate on the first `rows` training rows, and the stage's command. Writes the
     training data to OUT/rows."""
-    context = x.setting.ask
-    path = c.out / "rows" / f"train-{rows}{f'-{context.k}-passages' if context.index else ''}.jsonl"
+    asked, context = x.setting.ask, c.bases[x.model].context
+    path = c.out / "rows" / f"train-{rows}{f'-{asked.k}-passages' if asked.index else ''}.jsonl"
     path.parent.mkdir(exist_ok=True)
     if not path.exists():
-        inputs.write(path, inputs.order(c.task.scored["train"])[:rows], context)
+        inputs.write(path, inputs.order(c.task.scored["train"])[:rows], asked)
     sizes = inputs.tokens(path, x.model)
-    longest = min(max(sizes), c.bases[x.model].context)
+    longest = min(max(sizes), context)
     changes = {
         "init": x.model, "seed": seed, "epochs": c.epochs, "data.source": path, "data.eval_source": "",
-        **inputs.shape(longest, sum(sizes)), "eval_every": 0, **(x.setting.train or {}),
+        **inputs.shape(longest, sum(sizes), context), "eval_every": 0, **(x.setting.train or {}),
     }  # fmt: skip
     argv = ["train.main", f"--config={inputs.CONFIG}", *(f"--config.{key}={value}" for key, value in changes.items())]
     argv.append(f"--workdir={folder}")
