@@ -1,4 +1,4 @@
-"""Compares the quality and cost of prompting, retrieval and LoRA on two tasks: one needs a skill, one needs knowledge.
+"""Compares the quality and cost of prompting, retrieval and LoRA on a task of skill and a task of knowledge.
 
     python -m tools.demo [--out=runs/demo]
 

@@ -1,4 +1,4 @@
-"""Estimates the memory, communication and speed of a run on TPUs or GPUs by compiling its step on this machine's CPU.
+"""Estimates the memory, communication and speed of a run on TPUs or GPUs, by compiling its step on this CPU.
 
     python -m tools.plan --config=configs/X.py --topology=v5e:4x4 [--slices=2] [--config.key=value ...] [--json]
     python -m tools.plan --config=configs/X.py --topology=v5p:2x2x1 --search [--minutes=15]
