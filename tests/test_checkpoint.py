@@ -1,5 +1,6 @@
 """Faults that a run must survive: each test breaks something and asks for the promise to hold."""
 
+import errno
 import os
 import resource
 import shutil
@@ -23,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from common.errors import UserError
 from model.io import saved
+from train.keep import hosts
 from train.keep.checkpoint import Checkpointer
 from train.keep.runs import RunDir, differences
 from train.state import TrainState
@@ -418,6 +420,30 @@ def test_kill_during_a_save(tmp_path):
     state, told = restore(tmp_path, like)
     assert same(state, make_state(3, rows=2**18)) and not told
     assert [p.name for p in tmp_path.iterdir()] == ["3"]
+
+
+def test_a_process_that_ends_with_an_error_waits_for_no_other(tmp_path, monkeypatch):
+    """The others may be in another collective, or wait for this process in Orbax: asking them would never end."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def asked(ok: bool) -> bool:
+        raise AssertionError("a collective")
+
+    ckpt = Checkpointer(tmp_path, config())
+    ckpt.maybe_save(1, make_state(1), Data())
+    monkeypatch.setattr(hosts, "all_true", asked)
+    with pytest.raises(ValueError, match="elsewhere"), ckpt:
+        raise ValueError("elsewhere")
+    assert saved.steps(tmp_path) == [1]
+    monkeypatch.undo()
+    ckpt = Checkpointer(tmp_path, config())
+    monkeypatch.setattr(saved, "finish", full)
+    ckpt.maybe_save(2, make_state(2), Data())
+    monkeypatch.setattr(hosts, "all_true", asked)
+    with pytest.raises(UserError, match=r"step 2 could not be written: .*No space left"):
+        ckpt.wait()
 
 
 def child_full_disk(folder: str) -> None:
