@@ -152,7 +152,7 @@ class Service:
         except UserError as e:
             raise HTTPException(400, str(e)) from None
         except Stale:
-            raise HTTPException(409, "this item is decided already, perhaps in another tab") from None
+            raise HTTPException(409, "you have already decided on this item, perhaps in another tab") from None
 
     def item(self, name: object) -> Item:
         if not isinstance(name, str) or name not in self.store.items:
