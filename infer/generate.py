@@ -1,7 +1,7 @@
 """Samples from a model, using a key-value cache. After a forward pass over the prompts, each step adds one token to
 every unfinished row.
 
-Lengths and batch sizes are rounded up to a few shapes, and all other arguments are traced, so a process compiles only a
+Lengths and batch sizes are rounded up to a few values, and all other arguments are traced, so a process compiles only a
 few programs.
 """
 
@@ -57,12 +57,13 @@ def generate(
     **how: Any,
 ) -> Samples:
     """Continues each prompt by at most `max_new_tokens` tokens. Prompts may differ in length. At temperature 0,
-    decoding is greedy. `how` is passed to `answer`. If a store of adapters is given, `params` is None, and `adapters`
-    names an adapter for each prompt.
+    decoding is greedy. All other keyword arguments (`how`) are passed to `answer`. If a store of adapters is given,
+    `params` is None, and `adapters` names an adapter for each prompt.
 
-    Each sample depends only on the seed, its prompt, and how many earlier prompts are identical to it, not on other
-    prompts in the batch. `stop` is called with the tokens of an answer at least every infer.batch.STEPS steps, and ends
-    the answer by returning True. All tokens sampled before that call are returned.
+    Each answer depends only on the seed, its prompt, and the number of earlier prompts that are identical to it.
+    Different prompts in the batch do not affect it. `stop` is called with the tokens of an unfinished answer, at least
+    once every infer.batch.STEPS steps. If it returns True, the answer ends, and all tokens that were already sampled
+    are returned.
     """
     knobs = Knobs(temperature, top_k, top_p, min_p)
     ends = [stop_ids] * len(prompts)
@@ -74,11 +75,12 @@ def answer(
     model: Transformer, params: Params, asked: Sequence[Request], *, rows: int = 0, cache: str = "float",
     stop: Callable[[list[int]], bool] | None = None, store: "Store | None" = None, prefixes: Prefixes | None = None,
 ) -> Samples:  # fmt: skip
-    """Answers requests. The parameters are `params`, which must be unrolled, or come from a store of adapters.
+    """Answers requests. The model uses either `params`, which must be unrolled (see `unrolled`), or parameters from a
+    store of adapters.
 
     At most `rows` requests are decoded at a time (0: all of them). Further requests join when rows become free. `cache`
-    is the number format of the key-value cache: "float", or "int8" or "fp8" to save memory. `prefixes` keeps the caches
-    of shared prefixes for later calls.
+    is the number format of the key-value cache: "float", or "int8" or "fp8" to save memory. `prefixes` stores the
+    caches of prefixes that prompts share, so that later calls can reuse them.
     """
     if cache not in KINDS:
         raise UserError(f"cache={cache!r}", fix=f"one of {', '.join(KINDS)}")

@@ -1,9 +1,9 @@
 """Uses models behind an OpenAI-compatible endpoint. A hosted model is named `openai:URL#MODEL`, or
 `openai:URL#MODEL?in=0.15&out=0.6` with prices.
 
-Prices are in dollars per million prompt tokens (`in`) and answer tokens (`out`). Questions leave this machine unless
-the URL is on the loopback interface. The API key is read from the environment variable OPENAI_API_KEY and is never
-saved.
+Prices are in dollars per million prompt tokens (`in`) and answer tokens (`out`). Questions are sent to another machine
+unless the URL is on the loopback interface. The API key is read from the environment variable OPENAI_API_KEY and is
+never saved.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ PREFIX, KEY = "openai:", "OPENAI_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 AT_ONCE = 8  # concurrent requests
 TRIES = 4  # attempts per request
-WAIT, LONGEST = 0.5, 20.0  # seconds before the second attempt, doubled before each further one; maximum wait
+WAIT, LONGEST = 0.5, 20.0  # seconds before the second attempt (doubled before each further attempt), and the maximum
 TIMEOUT = 120  # maximum seconds without receiving a byte
 BODY = 1 << 24  # maximum bytes of a reply
 AGAIN = (408, 409, 425, 429)  # HTTP statuses, in addition to 5xx, after which a request is sent again
@@ -82,7 +82,7 @@ class Hosted:
 
     @property
     def leaves(self) -> bool:
-        """Whether questions leave this machine."""
+        """Whether questions are sent to another machine."""
         return urlsplit(self.url).hostname not in LOCAL
 
     def generate(self, prompts: "Prompt | Sequence[Prompt]", **options: Any) -> list[str]:
@@ -100,11 +100,11 @@ class Hosted:
         self, prompts: "Sequence[Prompt]", *, max_new_tokens: int = 64, stop: Sequence[str] = (), seed: int = 0,
         **knobs: float,
     ) -> list[Reply]:  # fmt: skip
-        """Returns one reply per prompt. Up to AT_ONCE requests are sent at a time. Chats are answered, and texts are
-        continued.
+        """Returns one reply per prompt. Up to AT_ONCE requests are sent at a time. The reply answers a chat, or
+        continues a text.
 
-        The knobs are temperature (0: greedy), top_p, top_k and min_p. Equal prompts get different seeds. Raises
-        UserError if a request fails.
+        `knobs` are the sampling parameters temperature (0: greedy), top_p, top_k and min_p. Equal prompts get different
+        seeds. Raises UserError if a request fails.
         """
         seen: Counter[str] = Counter()
         bodies = []
@@ -124,7 +124,7 @@ class Hosted:
                 return self._reply(path, body, stopped)
             except UserError as e:
                 failed.append(e)
-                stopped.set()  # here, before this thread takes another prompt, which would cost money
+                stopped.set()  # set here, so that this thread does not send another prompt, which would cost money
                 raise
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -231,8 +231,8 @@ def parse(name: str) -> Hosted:
 
 
 def load(name: str | Path, adapter: str | Path | None = None, *, strict: bool = False) -> "LM | Hosted":
-    """Loads a model: a Hosted if the name begins with `openai:`, otherwise an LM with infer.models.load. Raises
-    UserError if the model cannot be loaded."""
+    """Loads a model. Returns a Hosted if the name begins with `openai:`, and otherwise the LM that infer.models.load
+    returns. Raises UserError if the model cannot be loaded."""
     if is_hosted(name):
         if adapter:
             raise UserError(
@@ -266,5 +266,5 @@ def _refused(error: urllib.error.HTTPError) -> str:
 
 
 def _seconds(text: str | None, otherwise: float) -> float:
-    """The seconds in a Retry-After header, or `otherwise` if the header is missing or contains a date."""
+    """The number of seconds in a Retry-After header, or `otherwise` if the header is missing or contains a date."""
     return float(text) if text and re.fullmatch(r"\d{1,4}", text) else otherwise

@@ -49,7 +49,7 @@ class LM:
     model: Transformer
     params: Params
     tokenizer: Tokenizer
-    store: "Store | None" = None  # several adapters to choose from; `params` are those of their base model
+    store: "Store | None" = None  # adapters, of which each prompt can use one; `params` then belong to their base model
     tokenizers: Mapping[str, Tokenizer] = dataclasses.field(default_factory=dict)  # {adapter: its own tokenizer}
 
     @property
@@ -79,8 +79,8 @@ class LM:
         return [self.speaking(adapter) for adapter in adapters or [None] * prompts]
 
     def _serving(self, adapters: Sequence[str | None]) -> dict[str, Any]:
-        """The arguments for infer.generate that select the parameters: those of the base model or of the given
-        adapters."""
+        """Returns the arguments for infer.generate that select which parameters to use: those of the base model or of
+        the given adapters."""
         if any(adapters) and not self.store:
             raise UserError("the model was loaded without adapters to choose from", "adapters", "use infer.load_many")
         return {"params": None if self.store else self.unrolled, "store": self.store, "prefixes": self.prefixes}
@@ -94,10 +94,10 @@ class LM:
         """Continues each prompt. Returns only the new text, cut before the first `stop` string.
 
         `prompts` is one prompt or several prompts. A prefix that several prompts share is computed only once.
-        `adapters` names an adapter for each prompt; None means the base model. The knobs are those of infer.generate:
-        temperature (0: greedy), top_k, top_p and min_p. `rows` is the number of prompts that are answered at a time (0:
-        all of them); it does not change the answers. An answer ends as soon as any of the tokenizer's end tokens is
-        sampled.
+        `adapters` names an adapter for each prompt; None means the base model. `knobs` are the sampling parameters of
+        infer.generate: temperature (0: greedy), top_k, top_p and min_p. `rows` is the number of prompts that are
+        answered at a time (0: all of them); it does not change the answers. An answer ends as soon as any of the
+        tokenizer's end tokens is sampled.
         """
         prompts = _several(prompts)
         speakers, who = self._speakers(adapters, len(prompts)), self._serving(adapters)
@@ -244,8 +244,8 @@ class LM:
         return before, self.tokenizer.encode(completion)
 
     def sums(self, rows: list[tuple[list[int], list[int]]]) -> tuple[np.ndarray, np.ndarray]:
-        """Scores rows of token ids, each of the form (context, scored). Returns, for each row, the log-probability of
-        the scored part, and whether greedy decoding would yield this part.
+        """Scores rows of token ids. Each row is a pair (context, scored), and only the second part is scored. Returns,
+        for each row, the log-probability of the scored part, and whether greedy decoding would yield this part.
 
         Rows of similar length share a forward pass. Rows with a common prefix are grouped, and the prefix is computed
         only once.
@@ -300,12 +300,12 @@ class Scored(NamedTuple):
     targets: np.ndarray
     mask: np.ndarray  # 1 if the target is scored, else 0
     positions: np.ndarray
-    segments: np.ndarray  # 1 for tokens, 0 for padding, which a bidirectional model must not see
+    segments: np.ndarray  # 1 for tokens, 0 for padding, which a bidirectional model must not attend to
 
 
 def _scored(rows: list[tuple[list[int], list[int]]], starts: Sequence[int] = ()) -> Scored:
-    """Pads rows of token ids. `starts` is the number of context tokens per row that are already cached, and are
-    therefore left out."""
+    """Pads rows of token ids. `starts` has, for each row, the number of context tokens that are already cached. These
+    tokens are left out."""
     starts = starts or [0] * len(rows)
     longest = max(len(a) + len(b) - start for (a, b), start in zip(rows, starts))
     shape = bucket(len(rows)), bucket(longest, 16)

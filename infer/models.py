@@ -35,11 +35,12 @@ def load(
 ) -> LM:
     """Loads a model that is ready to generate and to score text.
 
-    `name` is a Hugging Face folder, a .gguf file, the name of a packaged model, a hub id, a bundle, a run folder, or
-    the folder RUN/ckpt/STEP of one step of a run. `adapter` is a run folder or a PEFT folder whose adapters are added
-    to the model. `dtype` is the number format of weights and activations; None means float32 or, for a run, the format
-    in its config. `tokenizer` replaces the tokenizer of the adapter or the model. If `strict`, contents of the model's
-    files that are not used raise an error. Raises UserError if the model cannot be loaded.
+    `name` is a Hugging Face folder, a .gguf file, the name of a packaged model, a hub id, a bundle (see
+    infer/bundle.py), a run folder, or the folder RUN/ckpt/STEP of one step of a run. `adapter` is a run folder or a
+    PEFT folder whose adapters are added to the model. `dtype` is the number format of weights and activations; None
+    means float32 or, for a run, the format in its config. `tokenizer` replaces the tokenizer of the adapter or the
+    model. If `strict`, an error is raised if the model's files have contents that are not used. Raises UserError if the
+    model cannot be loaded.
     """
     from infer import bundle
 
@@ -144,8 +145,8 @@ def _adapted(path: Path, base: Params, specs: Specs, strict: bool) -> Params:
 
 
 def before_and_after(source: str | Path, base: str | Path = "") -> tuple[LM, Params]:
-    """Loads a tuned model with its adapters, and the parameters of its base model, dequantized. `base` may be left out
-    for a run folder, whose config names the base model.
+    """Loads a fine-tuned model with its adapters, and the dequantized parameters of its base model. `base` may be left
+    out for a run folder, whose config names the base model.
 
     `source` is a run folder, a PEFT folder or a model. Raises UserError if the base model is not known.
     """
@@ -171,7 +172,7 @@ def open_model(name: str | Path, strict: bool = False) -> "Pretrained | Run":
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run folder, or the folder RUN/ckpt/STEP of one of its steps."""
+    """Whether a folder is a run folder, or the folder RUN/ckpt/STEP of one step of a run."""
     return (path / "ckpt").is_dir() or _is_step(path)
 
 
@@ -188,7 +189,7 @@ def _is_step(path: Path) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder that is used as a pretrained model, at its newest complete step or at `step`.
+    """A run folder that is used as a pretrained model. Its newest complete checkpoint is used, or the one at `step`.
 
     `base` replaces the model that the run's config names as `init`, for example if that model was moved.
     """
@@ -226,8 +227,8 @@ class Run:
         return str(self.workdir / "tokenizer")
 
     def load(self, specs: Specs, shardings: Tree = None, dtype: str = "float32") -> Params:
-        """Loads the parameters to initialize another run from this folder: dequantized, with adapters merged and the
-        head left out."""
+        """Loads parameters from which another run can be initialized. They are dequantized, their adapters are merged,
+        and the head is left out."""
         params = self.params(specs, shardings, dtype)
         params.pop("head", None)
         return jax.jit(lambda p: weights.dense(p, specs), out_shardings=shardings)(params)
@@ -255,8 +256,8 @@ class Run:
         return policy | {"head": heads.find(name)(self.config, jax.random.key(0))} if name else policy
 
     def with_trained(self, policy: Params) -> Params:
-        """Sets the trained parameters to their trained values in `policy`, which contains the run's initial parameters.
-        Raises UserError if the frozen parameters differ from those in training."""
+        """Returns `policy`, which contains the run's initial parameters, with the trained values of all trained
+        parameters. Raises UserError if the frozen parameters differ from those in training."""
         if self.cfg.peft.name:
             saved.check_base(self.saved, policy, self.workdir)
         return saved.put(self.saved, policy, self.workdir)

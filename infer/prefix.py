@@ -1,9 +1,10 @@
-"""Prefix caching: tokens with which several prompts begin are computed only once, within a batch and across batches.
+"""Prefix caching: if several prompts begin with the same tokens, the model processes these tokens only once.
 
-The prefixes of prompts form a tree. A prefix that saves enough tokens gets a cache of one row, which is computed from
-the cache of its parent in the tree. Each prompt continues from its longest cached prefix. A key-value cache contains
-the virtual tokens of prefix tuning and prompt tuning, followed by the tokens of the prefix. The cache of a recurrent
-layer contains the layer's state after the prefix. Prompts that use different adapters share no prefixes.
+This works within a batch and across batches. The prefixes of prompts form a tree. If sharing a prefix saves enough
+tokens, a cache with one row is computed for it from the cache of its parent in the tree. Each prompt continues from its
+longest cached prefix. A key-value cache contains the virtual tokens of prefix tuning and prompt tuning, followed by the
+tokens of the prefix. The cache of a recurrent layer contains the layer's state after the prefix. Prompts that use
+different adapters share no prefixes.
 """
 
 import functools
@@ -26,8 +27,8 @@ from model.weights import Params
 BYTES = 512 << 20  # maximum bytes of all caches that are kept
 RECENT = 64  # number of recent prompts with which new prompts are compared
 NODE = 64  # minimum tokens that a prefix must save; otherwise computing the prefix separately costs more than it saves
-WORTH = 512  # minimum tokens that all prefixes of a call must save together, since they need more compiled programs
-BUDGET = 4096  # maximum padded tokens of prompts that are computed together
+WORTH = 512  # minimum tokens that all prefixes of a call must save in total; sharing needs more compiled programs
+BUDGET = 4096  # maximum tokens, including padding, of prompts that are processed together
 
 Serving = Callable[[Sequence[str | None], int], Params]  # (adapter of each row, number of rows) -> parameters
 
@@ -95,8 +96,8 @@ class Reader:
         return virtual_tokens(self.serving([None], 1))
 
     def plan(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Returns, for each prompt, the lengths of the prefixes to compute, in ascending order. A prefix never includes
-        the last token of a prompt, since the logits after the last token are needed."""
+        """Returns, for each prompt, the lengths of the prefixes whose caches should be computed, in ascending order. A
+        prefix never includes the last token of a prompt, since the logits after the last token are needed."""
         scaling = dict(self.model.config.rope_scaling)
         if scaling.get("rope_type", scaling.get("type")) == "dynamic":
             return [[] for _ in prompts]  # the RoPE frequencies depend on the length of the whole prompt
@@ -125,7 +126,7 @@ class Reader:
         return found
 
     def _missing(self, prompts: Sequence[Prompt], plans: Sequence[list[int]]) -> list[Prompt]:
-        """For each plan, the shortest prefix that is not cached yet."""
+        """The shortest planned prefix of each prompt that is not cached yet, without duplicates."""
         found = {}
         for prompt, lengths in zip(prompts, plans, strict=True):
             parts = (Prompt(prompt.adapter, prompt.ids[:n]) for n in lengths)

@@ -10,8 +10,8 @@ from jax import Array
 
 
 class Knobs(NamedTuple):
-    """The parameters of sampling, each a scalar or one value per row. All parameters are traced, so changing them never
-    causes a recompilation.
+    """Sampling parameters. Each is a scalar, or has one value per row. All parameters are traced, so changing them
+    never causes a recompilation.
 
     With the default values, sampling is greedy, and no token is excluded.
     """
@@ -30,9 +30,9 @@ def sample(logits: Array, keys: Array, knobs: Knobs) -> tuple[Array, Array]:
     """Samples tokens [B] from logits [B,V] with one random key per row. Returns the tokens and their log-probabilities
     [B].
 
-    The log-probabilities are those at the sampling temperature (for greedy sampling, at temperature 1) before top-k,
-    top-p or min-p exclude any tokens. A trainer recomputes log-probabilities in the same way. If probabilities were
-    renormalized over the remaining tokens, the trainer's importance ratios would be biased.
+    The log-probabilities are computed at the sampling temperature (for greedy sampling, at temperature 1), before
+    top-k, top-p or min-p exclude any tokens. A trainer recomputes log-probabilities in the same way. If probabilities
+    were renormalized over the remaining tokens, the trainer's importance ratios would be biased.
     """
     greedy = jnp.broadcast_to(knobs.temperature == 0, len(logits))
     scaled = logits / jnp.where(greedy, 1.0, knobs.temperature)[:, None]

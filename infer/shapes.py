@@ -3,7 +3,7 @@ programs."""
 
 from collections.abc import Iterator, Sequence
 
-PREFILL = 512  # maximum prompt tokens per forward pass: bounds the memory of attention scores, and the number of shapes
+PREFILL = 512  # maximum prompt tokens per forward pass; limits the memory for attention scores and the number of shapes
 
 
 def bucket(n: int, least: int = 1) -> int:
@@ -17,8 +17,8 @@ def bucket(n: int, least: int = 1) -> int:
 
 
 def width(longest: int) -> int:
-    """The number of columns for prompts of at most `longest` tokens. Above PREFILL, this number is a multiple of
-    PREFILL."""
+    """The number of columns to which prompts of at most `longest` tokens are padded. Above PREFILL, this number is a
+    multiple of PREFILL."""
     return bucket(longest, 16) if longest <= PREFILL else -(-longest // PREFILL) * PREFILL
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 VMEM = 60 * 2**20  # limit on the use of VMEM, in bytes; TPU v5p and TPU7x have 64 MiB per core
 
 # The size of a block, as (rows of x, columns of W, rows of W). To be efficient, a decoding step needs blocks of 2
-# million weights, and a prefill on v6e needs 560 FLOPs per byte.
+# million weights, and a prefill on v6e must perform 560 FLOPs per byte that it reads from memory.
 INT4_FEW = (128, 768, 6144)
 INT4 = (1024, 2048, 1024)
 NF4 = (4096, 128)  # rows and columns of W

@@ -2,14 +2,14 @@
 
 The kernel reads the codes of W (its quantized weights) directly, whereas XLA would first convert W to floats in memory.
 
-Each program multiplies by a part of the rows of W, for one block of columns. In a decoding step, W has too few blocks
-of columns to keep a GPU busy, so the rows are also split over programs, and XLA adds their partial sums. The speed
-depends on the number of bytes in flight, that is, on how many loads from memory are pending at the same time.
+Each program handles one block of columns of W, and all or some of its rows. In a decoding step, W has too few blocks of
+columns to keep a GPU busy, so the rows are also split over programs, and XLA adds the partial sums of these programs.
+The speed depends on the number of bytes in flight, that is, on how many loads from memory are pending at the same time.
 
-The tensor cores get the transposed W as their first operand, because this operand is kept in registers. The second
-operand would pass through shared memory byte by byte. On the tensor cores, multiplying a few rows of x takes no longer
-than multiplying one row. Without tensor cores, an H100 takes the same time for one row, but 1.6 times this time for
-four rows.
+The tensor cores get the transposed W as their first operand, because this operand is kept in registers. If W were the
+second operand, it would pass through shared memory byte by byte. On the tensor cores, multiplying a few rows of x takes
+no longer than multiplying one row. Without tensor cores, an H100 multiplies one row in the same time, but needs 1.6
+times as long for four rows.
 
 For the gradient, and if x has more than MOST rows, XLA computes the product. It then converts W to floats in memory,
 but this takes little time compared with such a large product.
@@ -61,9 +61,9 @@ FORMS = {"plain": plain, "int4": int4, "nf4": nf4}
 def supported(form: str, rows: int, k: int, group: int, dtype: DTypeLike) -> bool:
     """Returns whether `matmul` accepts `rows` rows of x in this dtype, and a matrix W with `k` rows.
 
-    A group must have 32, 64 or 128 rows, or be a whole column. `matmul` splits a float32 x into three bfloat16 numbers,
-    so that no precision is lost in products with int4 and 8-bit codes, which are exact in bfloat16. NF4 levels are not
-    exact in bfloat16, so NF4 is only supported for a bfloat16 x.
+    A group of weights that share a scale must have 32, 64 or 128 rows, or be a whole column. `matmul` splits a float32
+    x into three bfloat16 numbers, so that no precision is lost in products with int4 and 8-bit codes, which are exact
+    in bfloat16. NF4 levels are not exact in bfloat16, so NF4 is only supported for a bfloat16 x.
     """
     few = rows <= MOST if dtype == jnp.bfloat16 else dtype == jnp.float32 and 3 * rows <= MOST and form != "nf4"
     return form in FORMS and few and (group in (32, 64, 128) or group >= k)
@@ -74,7 +74,7 @@ def matmul(
 ) -> Array:
     """Multiplies x [M, K] by W [K, N], accumulates in float32, and returns [M, N] in `dtype` (by default, that of x).
 
-    W is given as `codes` and `scale` [ceil(K / group), N]. `codes` is an array of bytes [K / R, N], each of which has
+    W is given as `codes` and `scale` [ceil(K / group), N]. `codes` is an array of bytes [K / R, N], and each byte has
     the codes of R rows.
     """
     dtype = dtype or x.dtype
@@ -89,9 +89,10 @@ def matmul(
 
 
 def _call(x: Array, codes: Array, scale: Array, group: int, dtype: DTypeLike, form: Form) -> Array:
-    """Runs one program for each block of rows of x, block of columns of W, and part of the rows of W.
+    """Runs one program for each combination of a block of rows of x, a block of columns of W and a part of the rows of
+    W.
 
-    Then adds the results for the different parts of the rows of W.
+    Then adds the results over the parts of the rows of W.
     """
     (m, k), (height, n) = x.shape, codes.shape
     each = -(-k // height)

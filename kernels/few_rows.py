@@ -15,8 +15,8 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-# Largest number of rows of x. The codes are converted again for each row, so for more rows, multiplying floats is
-# faster.
+# Largest number of rows of x that `matmul` accepts. It converts the codes again for each row, so with more rows, it is
+# faster to multiply by a W of floats.
 MOST = 4
 SUMMED = 16  # rows of W per partial sum; with more rows, XLA does not vectorize the sum
 

@@ -1,10 +1,10 @@
-"""Dequantizes a matrix W [K, N] of NF4 codes on a TPU, or multiplies by W directly if x has few rows.
+"""Dequantizes a matrix W [K, N] of NF4 codes on a TPU, or computes x W directly if x has few rows.
 
 If x has many rows, a kernel that multiplies by W directly would dequantize W again for every block of rows. So W is
-dequantized first, and XLA multiplies. The kernel that dequantizes looks up the level of each code, three times as fast
-as XLA does. Each 32-bit word of packed bytes has the codes of eight rows of a column. The sixteen levels are split into
-two tables of eight, and each table fills a register with eight sublanes. A gather along sublanes looks up all codes of
-a register at once. The fourth bit of a code selects one of the two tables.
+dequantized first, and XLA multiplies. The dequantization kernel looks up the level (value) of each code in a table,
+three times as fast as XLA does. Each 32-bit word of packed bytes has the codes of eight rows of a column. The sixteen
+levels are split into two tables of eight, and each table fills a register with eight sublanes. A gather along sublanes
+looks up all codes of a register at once. The fourth bit of a code selects one of the two tables.
 """
 
 import functools

@@ -241,7 +241,7 @@ def decode(x: Array, a: Array, b: Array, route: Route) -> Array:
 
     Each page is read once, even if several rows use it. The kernel loads the pages of a step while it multiplies by the
     pages of the previous step. All rows of x are multiplied by each page, because the MXU takes little longer for 128
-    rows than for one row. If a row does not use a page, their product is then set to 0.
+    rows than for one row. The product of a row and a page that it does not use is then set to 0.
     """
     rows, k, n, pairs = len(x), a.shape[1], b.shape[1], len(route.row)
     whole = lambda *shape: pl.BlockSpec(shape, lambda i: (0, 0))
@@ -310,7 +310,7 @@ def _decode(
 def _product(x: Array, a: Array, b: Array, which: Array, row: Array) -> Array:
     """Multiplies x [B,K] by the pages of a step, A [STEP * PAGE,K] and B [STEP * PAGE,N], and returns [B,N].
 
-    If a row does not use a page, their product is set to 0.
+    The product of a row and a page that it does not use is set to 0.
     """
     dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
     iota = lambda shape, axis: jax.lax.broadcasted_iota(jnp.int32, shape, axis)

@@ -1,4 +1,4 @@
-"""Multiplies by paged LoRA factors on an NVIDIA GPU, in Triton, if each batch row has one token.
+"""Multiplies by paged LoRA factors on an NVIDIA GPU, in Triton, for batches with one token per row.
 
 As in Punica's BGMV kernel (Chen et al. 2023, arXiv 2310.18547), a program multiplies one row of x by one page. The
 speed is limited by memory bandwidth, so the tensor cores are not used. The kernel `shrink` multiplies by A. One program

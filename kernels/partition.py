@@ -1,4 +1,5 @@
-"""Runs kernels under a mesh. XLA cannot partition a kernel, so each device multiplies by its own part of W."""
+"""Runs kernels on the devices of a mesh. XLA cannot partition a kernel, so each device multiplies by its own part of
+W."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -21,11 +22,11 @@ def product(
 ) -> Array:
     """Multiplies x [..., K] by W [K, N], or if `backward`, x [..., N] by the transposed W.
 
-    The leading dimensions of x are sharded over the mesh axes `rows`. `w` contains the codes and the scales of W. Their
-    two dimensions are sharded over `split`. If a mesh axis shards both x and W, the packed W is all-gathered over this
-    axis. If a mesh axis only shards W, there are two cases. If it shards the dimension that is summed, the partial sums
-    are all-reduced over it. If it shards the other dimension, it also shards the result. The function `kernel(x, *w,
-    dtype=)` multiplies matrices on one device.
+    The leading dimensions of x are sharded over the mesh axes `rows`. `w` contains the codes and the scales of W. The
+    two dimensions of both are sharded over the mesh axes `split`. If a mesh axis shards both x and W, the packed W is
+    all-gathered over this axis. If a mesh axis only shards W, there are two cases. If it shards the dimension that is
+    summed, the partial sums are all-reduced over it. If it shards the other dimension, it also shards the result. The
+    function `kernel(x, *w, dtype=)` multiplies matrices on one device.
     """
     taken = {a for axes in rows for a in axes}
     left = [tuple(a for a in axes if a not in taken) for axes in split]

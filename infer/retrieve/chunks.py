@@ -23,7 +23,7 @@ class Chunk(NamedTuple):
 
     @property
     def id(self) -> str:
-        """A hash of the chunk's content. Updating an index uses it to recognize unchanged chunks."""
+        """A hash of the chunk's content. It identifies unchanged chunks when an index is updated."""
         return hashlib.sha256("\0".join(self).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     @property

@@ -59,7 +59,7 @@ def best(scores: np.ndarray, k: int) -> np.ndarray:
 
 def fuse(parts: Sequence[np.ndarray], how: How) -> np.ndarray:
     """Fuses several arrays of scores [N] into one array. The method "mean" scales each array to [0, 1] and averages the
-    arrays. The method "rrf" adds up 1 / (60 + rank), where rank is the rank of a score in its array, from 1."""
+    arrays. The method "rrf" adds up 1 / (60 + rank) over the arrays, where rank 1 is the highest score of an array."""
     if how == "mean":
         spans = [(part.min(), np.ptp(part) or 1.0) for part in parts]
         return np.mean([(part - low) / span for part, (low, span) in zip(parts, spans, strict=True)], axis=0)

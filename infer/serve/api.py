@@ -40,7 +40,7 @@ CHAT = BOTH | {
     "top_logprobs": Field(int, None, 0, TOP),
 }  # fmt: skip
 COMPLETION = BOTH | {"max_tokens": Field(int, 16, 1, 1 << 62), "logprobs": Field(int, None, 0, TOP)}
-READ = {"model", "stop", "stream_options"}  # parameters that `read` handles one by one
+READ = {"model", "stop", "stream_options"}  # parameters that `read` handles separately
 LABELS = {
     "user": str,
     "metadata": dict,
@@ -78,7 +78,7 @@ class Asked(NamedTuple):
     knobs: Knobs
     seed: int | None
     stop: list[str]
-    top: int | None  # number of alternatives to return per token; None: no log-probabilities
+    top: int | None  # number of most likely tokens to list at each position; None: return no log-probabilities
     stream: bool
     usage: bool  # whether a stream ends with the token counts
 
@@ -129,7 +129,7 @@ def ids(lm: LM, prompt: str | list[int]) -> list[int]:
 
 def seed(given: int | None, choice: int) -> int:
     """The 31-bit seed for one of the choices (answers) of a request. It is random if the request gives no seed. The
-    first choice uses the given seed unchanged if that has at most 31 bits."""
+    first choice uses the given seed unchanged if it has at most 31 bits."""
     if given is None:
         return secrets.randbits(31)
     return given if not choice and abs(given) < 1 << 31 else zlib.crc32(f"{given} {choice}".encode()) >> 1
@@ -229,9 +229,9 @@ class Choice:
         self.finish: str | None = None
         self._tokenizer = lm.tokenizer
         self._tokens: deque[int | None] = deque()
-        self._pieces = lm.pieces(request.prompt, iter(self._tokens.popleft, None))  # one per token, and a last one
+        self._pieces = lm.pieces(request.prompt, iter(self._tokens.popleft, None))  # one per token, then the rest
         self._held = ""  # text that is held back, since it may begin a stop string
-        self._sent = 0  # number of characters before `_held`
+        self._sent = 0  # number of characters of the answer before `_held`
         self._scores: deque[tuple[int, Score]] = deque()  # (index of the token's first character in the answer, score)
 
     def add(self, token: int | None) -> None:
@@ -254,7 +254,7 @@ class Choice:
             self._scores = deque((at, score) for at, score in self._scores if at < end)
 
     def take(self) -> tuple[str, list[tuple[int, Score]]]:
-        """The new text that can no longer become part of a stop string, and the scores of its tokens."""
+        """Returns the new text that cannot belong to a stop string, and the scores of its tokens."""
         ready = len(self._held) if self.finish else len(self._held) - _held_back(self._held, self.stop)
         text, self._held = self._held[:ready], self._held[ready:]
         self._sent += len(text)
@@ -322,8 +322,8 @@ def whole(asked: Asked, choices: list[Choice]) -> dict:
 
 
 def chunks(asked: Asked, i: int, choice: Choice) -> list[dict]:
-    """The next entries of `choices` in a streamed response: one with the new text of choice `i`, if any, and one that
-    ends the choice, if it is complete."""
+    """Returns the next entries of `choices` in a streamed response. If choice `i` has new text, one entry contains it.
+    If the choice is complete, another entry ends it."""
     text, scores = choice.take()
     out = []
     if text or scores:

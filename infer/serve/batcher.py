@@ -23,8 +23,8 @@ Item = int | BaseException | None  # a token, None after the last token, or an e
 
 
 class Request(Asked):
-    """A client's request. Iterating over it waits for the tokens of its answer. If an error ends the answer early, the
-    error is raised.
+    """A client's request. Iterating over it yields the tokens of its answer, and waits for each of them. If an error
+    ends the answer early, the error is raised.
 
     If `put` is given, the batcher's thread passes each token to `put`, and the request must not be iterated over.
     """

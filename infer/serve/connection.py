@@ -9,7 +9,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from infer.serve import Refused
 
 CONNECTIONS = 512  # maximum number of connections at a time
-PATIENCE = 10.0  # seconds within which a request must arrive completely, and a client must read sent data
+PATIENCE = 10.0  # seconds within which a request must arrive completely, or a client must read the data sent to it
 LINGER = 1.0  # seconds between the last answer and closing the connection
 
 
@@ -17,7 +17,7 @@ class Connection(H11Protocol):
     """uvicorn's HTTP protocol with deadlines. A deadline is not extended when only part of the data arrives."""
 
     arriving: asyncio.TimerHandle | None = None  # deadline of the request that is being received
-    stalled: asyncio.TimerHandle | None = None  # deadline of a client that does not read sent data
+    stalled: asyncio.TimerHandle | None = None  # deadline for a client to read the data sent to it
     over = False  # whether the last answer was sent; further data from the client is then ignored
 
     def connection_made(self, transport: asyncio.Transport) -> None:

@@ -36,7 +36,7 @@ from infer.serve.connection import Connection
 
 BODY = 1 << 20  # maximum bytes of a request
 KEEP_ALIVE = 60  # seconds that an idle connection stays open, longer than clients' own timeouts
-DRAIN = 60  # seconds to finish answers after a signal
+DRAIN = 60  # seconds in which the server may finish its answers after a signal
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/health", "/metrics")
 Embedders = Mapping[str, Embedder]
 
@@ -276,7 +276,7 @@ class Reply:
 async def body_of(request: Request) -> bytes:
     """Reads the body of a request. Raises Refused if the body is too large, or if its type is not JSON."""
     if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refused(415, "send Content-Type: application/json")  # web pages of other sites cannot send this
+        raise Refused(415, "send Content-Type: application/json")  # web pages of other sites cannot send this type
     too_large = Refused(413, f"a request can have at most {BODY} bytes")
     if int(request.headers.get("Content-Length", 0)) > BODY:
         raise too_large
@@ -295,7 +295,7 @@ class Guard:
         self.app, self.meters = app, meters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begin, status = time.perf_counter(), 499  # recorded if the client disconnects before any answer is sent
+        begin, status = time.perf_counter(), 499  # 499: the client disconnected before any answer was sent
 
         async def counted(message: Message) -> None:
             nonlocal status

@@ -2,7 +2,7 @@
 first.
 
 For each weight, the device has space for LoRA factors up to a maximum total rank. This space is divided into pages. An
-adapter of rank r needs enough pages for the r rows of each of its LoRA factors. One compiled program serves all
+adapter of rank r occupies enough pages to hold the r rows of each of its LoRA factors. One compiled program serves all
 adapters, since each row of a batch refers to the pages of its adapter by number. Loading an adapter therefore only
 writes to pages of existing arrays.
 """
@@ -26,7 +26,7 @@ from model.net.transformer import Transformer
 from model.paged import PAGE, Adapter, PagedLoRA, Route
 from model.weights import Params
 
-RANK_ROWS = 4096  # maximum total rank per weight of the adapters on the device, such as 64 of rank 64
+RANK_ROWS = 4096  # maximum total rank per weight of all adapters on the device; enough for 64 adapters of rank 64
 
 
 class Store:
@@ -47,7 +47,7 @@ class Store:
                 raise UserError(
                     f"the adapter needs space for rank {n * PAGE}; the device has space for rank {rank_rows}", name
                 )
-        self.most = {path: max(pages) for path, pages in each.items()}  # maximum pages that a row uses
+        self.most = {path: max(pages) for path, pages in each.items()}  # maximum pages per row of a batch
         self.free = {path: list(range(n))[::-1] for path, n in self.room.items()}
         # The pages of each adapter on the device, least recently used adapter first.
         self.held: OrderedDict[str, dict[str, list[int]]] = OrderedDict()
