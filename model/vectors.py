@@ -50,8 +50,8 @@ def trim(update: Update, density: float) -> Update:
 def ties(updates: Sequence[Update], factors: Sequence[float], density: float) -> Update:
     """Merges updates with TIES (Yadav et al. 2023, arXiv 2306.01708).
 
-    Trims each update, and sums the updates to determine the sign of each value. Each result is the mean of those values
-    that have this sign.
+    Trims each update. Then merges each weight's values in the updates: their sum determines a sign, and the result is
+    the mean of those values that have this sign.
     """
     updates = [linear([trim(u, density)], [f]) for u, f in zip(updates, factors)]
 

@@ -119,7 +119,7 @@ class Weight:
         raise NotImplementedError
 
     def axes(self, spec: Spec | None) -> "Weight":
-        """Returns this object with each array replaced by the tuple of its logical axes. They define its sharding."""
+        """Returns this object with each array replaced by the tuple of its logical axes, which define its sharding."""
         raise NotImplementedError
 
     def in_training(self, key: Array, step: Array) -> "Weight":
@@ -203,8 +203,9 @@ def product(eqn: str, x: Array, w: Array, dtype: DTypeLike | None = None) -> Arr
     """Computes `jnp.einsum` of two arrays, accumulated in `dtype`.
 
     If possible, reshapes both arrays to matrices first, because XLA's CPU backend is only fast for products of
-    matrices. With activations [B,T,D], the gradient for a weight contracts two axes, and an MLP takes 1.65 times as
-    long. On a mesh, arrays are not reshaped, because XLA's partitioner needs the separate axes.
+    matrices. Otherwise, with activations [B,T,D], the gradient for a weight would contract two axes, B and T, and an
+    MLP would take 1.65 times as long. On a mesh, arrays are not reshaped, because XLA's partitioner needs the separate
+    axes.
     """
     xs, ws, out = operands(eqn)
     _, contracted, produced = split(eqn)
@@ -246,8 +247,8 @@ def assigned_axes(
 ) -> list[tuple[str, ...]]:
     """Returns, for each dimension of an array, the mesh axes that shard it.
 
-    `names` are the logical axes of the dimensions. A dimension that its mesh axes do not divide evenly is replicated.
-    If several dimensions map to the same mesh axis, only the first of them is sharded over it.
+    `names` are the logical axes of the dimensions. A dimension is replicated if its size is not a multiple of the
+    number of shards. If several dimensions map to the same mesh axis, only the first of them is sharded over it.
     """
     table, used, found = dict(rules), set(), []
     for name, size in zip(names, sizes, strict=True):
@@ -346,7 +347,8 @@ def trainable(params: Params, what: str) -> Tree:
     weight of an adapter. Raises ValueError if no array would be trained.
     """
 
-    def pick(path: str, leaf: Array | Weight, moves: bool | None) -> Tree:  # `moves` is None outside of Weights
+    # `moves` says whether a field of a `Weight` is trainable; it is None for arrays that are not in a `Weight`
+    def pick(path: str, leaf: Array | Weight, moves: bool | None) -> Tree:
         if isinstance(leaf, Weight):
             adapter = "base" in fields(leaf)  # if adapters are nested, as on a tied table, train all of them
             own = lambda f: f in leaf.trainable and (moves is not False or adapter)
@@ -398,7 +400,7 @@ def for_inference(params: Params) -> Params:
 
 
 def base(params: Tree) -> Tree:
-    """Returns `params` without adapters. This is the reference policy; no weights are copied.
+    """Returns `params` without adapters, for example as the reference policy. No weights are copied.
 
     Each adapter is replaced by its `base` weight. Parameters of the class `Extra` are dropped.
     """

@@ -43,7 +43,7 @@ class Layer(nn.Module):
         return self._declare(name, letters, nn.initializers.normal(scale * fan_in**-0.5), eqn)
 
     def vector(self, name: str, letters: str, init: float) -> Array:
-        """Declares a scale or bias with the axes `letters`, and returns its value.
+        """Declares a scale or bias, and returns its value. `letters` has one letter for each of its axes.
 
         All its entries are initialized to `init`.
         """
@@ -137,7 +137,7 @@ class Block(Layer):
     and the layer's cache of earlier tokens, or None. It returns the new x, and the cache with the tokens of x added.
     Subclasses implement other kinds of layers. If the attribute `columns` is True, the cache stores a key and a value
     per token. Only such layers support virtual tokens, bidirectional models, and batches whose rows start at different
-    steps.
+    decoding steps.
     """
 
     columns: ClassVar[bool] = True
@@ -146,7 +146,7 @@ class Block(Layer):
     def empty_cache(
         config: ModelConfig, lead: tuple[int, ...], batch: int, length: int, dtype: str, kind: str
     ) -> NamedTuple:
-        """Returns an empty cache. Its arrays have the leading axes `lead`. `kind` is a key of kv_cache.KINDS."""
+        """Returns an empty cache. `lead` has the sizes of extra leading axes, and `kind` is a key of kv_cache.KINDS."""
         shape = (*lead, batch * config.kv_heads, length, config.head_dim)
         return KV(*(kv_cache.encode(jnp.zeros(shape, dtype), kind) for _ in KV._fields))
 
@@ -203,15 +203,16 @@ def report(module: nn.Module, name: str, value: Array) -> None:
 def by_heads(x: Array) -> Array:
     """Shards the heads of activations x [B,T,N,H] like the heads of weights, if the mesh axis "tensor" divides N.
 
-    A cache is not sharded by heads, because it merges batch rows and heads into one axis. Without this constraint,
-    XLA's partitioner would therefore gather the weights on every device, instead of the activations.
+    A cache is not sharded by heads, because it merges batch rows and heads into one axis. Because of this difference,
+    XLA's partitioner would gather the weights on every device. With this constraint, it gathers the activations
+    instead.
     """
     even = x.shape[2] % weights.shards("tensor") == 0
     return nn.with_logical_constraint(x, ("act_batch", "act_seq", "heads", None)) if even else x
 
 
 def unembed(eqn: str, cap: float, table: Array | Weight, x: Array) -> Array:
-    """Returns float32 logits [B,T,V] for hidden states x [B,T,D]. They are limited by `softcap` with `cap`."""
+    """Returns float32 logits [B,T,V] for hidden states x [B,T,D], after applying `softcap` with the limit `cap`."""
     return softcap(weights.einsum(eqn, x, table).astype(jnp.float32), cap)
 
 

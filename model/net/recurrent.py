@@ -56,11 +56,11 @@ class Recurrent(Layer):
         w = self._declare("conv", "CW", nn.initializers.normal(taps**-0.5), "").astype(u.dtype)
         padded = jnp.concatenate([before, u], 1)
 
-        def back(n: int) -> Array:  # the inputs of n tokens earlier
+        def back(n: int) -> Array:  # for each token, the input n tokens earlier in its document, or 0
             return jnp.where((age >= n)[..., None], padded[:, taps - 1 - n :][:, :T], 0)
 
         y = sum(w[taps - 1 - n] * back(n) for n in range(taps))
-        ends = (age >= 0).sum(1)[:, None] + jnp.arange(taps - 1)  # columns of the last tokens that are not padding
+        ends = (age >= 0).sum(1)[:, None] + jnp.arange(taps - 1)  # columns of the last C - 1 inputs without padding
         return self.bias("bconv", "W", y, True), jnp.take_along_axis(padded, ends[..., None], axis=1)
 
     def rg_lru(self, x: Array, age: Array, before: Array) -> tuple[Array, Array]:
@@ -112,7 +112,7 @@ class RecurrentBlock(Block):
 
 
 def initial(config: ModelConfig, lead: tuple[int, ...], dtype: str) -> Memory:
-    """Returns an empty cache for a recurrent layer. Its arrays have the leading axes `lead`."""
+    """Returns an empty cache for a recurrent layer. Its arrays have extra leading axes of the sizes `lead`."""
     W = config.recurrent
     return Memory(jnp.zeros((*lead, config.conv - 1, W), dtype), jnp.zeros((*lead, W)))
 

@@ -61,7 +61,7 @@ def _at(tree: T, i: int) -> T:
 
 
 def gather(each: Sequence[dict[str, Tree]]) -> dict[str, Tree]:
-    """Merges dicts, one per layer, into one dict. Each of its values is stacked over the layers that have it."""
+    """Merges the dicts of all layers into one. For each key, stacks the values of the layers that have this key."""
     names = dict.fromkeys(name for one in each for name in one)
     values = {name: [one[name] for one in each if name in one] for name in names}
     return {name: jax.tree.map(lambda *xs: jnp.stack(xs), *trees) for name, trees in values.items()}
@@ -100,7 +100,7 @@ def scan(layer: Layer, x: Array, layers: Params, caches: Tree, config: ModelConf
     stacks = (layers, caches or {}, {"windowed": windowed})
 
     def some(x: Array, stacks: tuple, kinds: Sequence[str]) -> tuple[Array, tuple[dict, Reports]]:
-        """Runs the first layers of a period, whose kinds are `kinds`. Returns (x, (new caches, reports))."""
+        """Runs layers of the given kinds, the first ones of a period. Returns (x, (new caches, reports))."""
         layers, caches, flags = stacks
         kept, reports = [], []
         for i, kind in enumerate(kinds):
@@ -118,7 +118,8 @@ def scan(layer: Layer, x: Array, layers: Params, caches: Tree, config: ModelConf
 
 
 def _split(stacked: dict[str, Tree], period: Sequence[str], turns: int) -> tuple[dict[str, Tree], dict[str, Tree]]:
-    """Splits each stack into (layers for the loop [turns, layers per turn, ...], remaining layers)."""
+    """Splits each stack into (layers for the loop [turns, layers per turn, ...], remaining layers). Each turn of the
+    loop runs the pattern `period` once."""
     looped, rest = {}, {}
     for part, tree in stacked.items():
         n = period.count(part) if part in period else len(period)

@@ -31,8 +31,8 @@ CUDNN = "dot_product_attention_fwd_wrapper"
 # Remat policies determine which results of a layer are saved for the backward pass. All other results are recomputed.
 # "dots" saves the results of `weights.einsum` and, on a TPU or GPU, the result of the attention kernel. Results such as
 # softmax and silu are not saved: on a CPU, recomputing them is faster than stacking them in the scan. The policy
-# selects results by checkpoint name. If it selected all matrix products, it would save both terms of LoRA's sum x W + x
-# A B; now it saves only the sum.
+# selects results by their checkpoint name, which `weights.einsum` sets. Of LoRA's sum x W + x A B, it therefore saves
+# only the sum. A policy that selects every matrix product would save both terms.
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -58,8 +58,8 @@ class Hidden(NamedTuple):
 class Transformer:
     """A transformer.
 
-    `params["layers"]` is either a tree of stacked arrays, whose layers run in a scan, or a tuple with one tree per
-    layer. The layers of a tuple run unrolled, which is faster for decoding.
+    `params["layers"]` is either one tree, whose arrays are stacked over layers, or a tuple with one tree per layer.
+    Stacked layers run in a scan. The layers of a tuple run without a scan, which is faster for decoding.
     """
 
     config: ModelConfig

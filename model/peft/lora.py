@@ -19,9 +19,9 @@ from model.weights import AXES, Spec, Transform, Weight
 class LoRA(Weight):
     """A base weight plus scale * A B, where A is [contracted axes..., R] and B is [R, output axes...].
 
-    Axes that are in the weight, in x and in the result, such as experts, come first in A and in B. When a tied
-    embedding table is used as the output head, x is multiplied by B before A. `used` says whether the adapter of a tied
-    table changes the lookup, the head, or both.
+    Axes that the weight has in common with both x and the result, such as experts, come first in A and in B. When a
+    tied embedding table is used as the output head, x is multiplied by B first, and then by A. `used` says whether the
+    adapter of a tied table changes the lookup, the head, or both.
     """
 
     base: Array | Weight
@@ -122,12 +122,13 @@ def make(
 ) -> Transform:
     """Returns a Transform that adds a LoRA to every matrix whose name matches the regex `where`.
 
-    `ranks` and `alphas` override `rank` and `alpha` for some names. They are pairs such as (("layers/mlp/.*", 8), ...);
-    the first regex that matches determines the value. `dropout` is applied to the input of the adapter. `init`
-    determines the initial values. With "zero_b", A is drawn from N(0, 1 / fan_in) and B is 0, so the new model equals
-    the base model exactly. With "pissa" (Meng et al. 2024, arXiv 2404.02948), A and B are initialized with the singular
-    vectors of W that have the largest singular values, and only later changes of A B are added to W. With "orthogonal",
-    A and B are random with A B = 0. Raises ValueError if `where` matches no name, or if a rank is too large for `init`.
+    `ranks` and `alphas` override `rank` and `alpha` for some matrices. Each has pairs (regex, value), such as
+    (("layers/mlp/.*", 8), ...). The first regex that matches a name determines the value. `dropout` is applied to the
+    input of the adapter. `init` determines the initial values. With "zero_b", A is drawn from N(0, 1 / fan_in) and B is
+    0, so the new model equals the base model exactly. With "pissa" (Meng et al. 2024, arXiv 2404.02948), A and B are
+    initialized with the singular vectors of W that have the largest singular values, and only later changes of A B are
+    added to W. With "orthogonal", A and B are random with A B = 0. Raises ValueError if `where` matches no name, or if
+    a rank is too large for `init`.
     """
     return transform(LoRA, rank, alpha, where, rslora, dropout, ranks, alphas, init)
 
@@ -163,7 +164,8 @@ def _zero_b(base: None, spec: Spec, shapes: list[tuple], scale: float, key: Arra
 
 
 def _orthogonal(base: None, spec: Spec, shapes: list[tuple], scale: float, key: Array) -> tuple[Array, Array]:
-    """As in PEFT, A is in the span of the even rows of a random orthogonal matrix, and B in that of its odd rows."""
+    """As in PEFT, the rows of A are combinations of the even rows of a random orthogonal matrix, and the columns of B
+    are combinations of its odd rows."""
     rank = shapes[0][-1]
     if rank % 2:
         raise ValueError(f"init='orthogonal' needs an even rank, not {rank}")

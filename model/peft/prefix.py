@@ -25,7 +25,7 @@ class Prefix(Extra):
         return self.replace(k=names, v=names)
 
     def macs(self, stacked: int) -> "Prefix":
-        return self.replace(k=0, v=0)  # the cost of attention already includes virtual tokens
+        return self.replace(k=0, v=0)  # 0, because the cost of attention already includes virtual tokens
 
 
 def make(*, tokens: int = 20, deviation: float = 0.02) -> Transform:

@@ -26,7 +26,7 @@ class Prompt(Extra):
         return self.replace(table=(None, "embed"))
 
     def macs(self, stacked: int) -> "Prompt":
-        return self.replace(table=0)  # the cost of attention already includes virtual tokens
+        return self.replace(table=0)  # 0, because the cost of attention already includes virtual tokens
 
 
 def make(*, tokens: int = 20) -> Transform:

@@ -1,6 +1,7 @@
 """Quantizes weights with GPTQ, AWQ or SmoothQuant, using calibration data. Only one layer is in memory at a time.
 
-Of the inputs X [tokens, K] of a matrix, these methods need only X'X and two statistics of each column.
+These methods do not store the inputs X [tokens, K] of a matrix. They need only X'X, and the sum and the maximum of |x|
+in each column.
 """
 
 import functools
@@ -58,7 +59,7 @@ def _inputs(x: Array, k: int) -> Inputs:
 
 
 def factor(gram: Array) -> Array:
-    """Inverts X'X after damping, and returns the upper Cholesky factor U of the inverse, which equals U'U."""
+    """Adds damping to X'X and inverts it. Returns the upper Cholesky factor U of the inverse; the inverse is U'U."""
     h = np.asarray(gram, np.float64)
     h = h + DAMPING * (np.trace(h) / len(h) or 1.0) * np.eye(len(h))
     return jnp.asarray(np.linalg.cholesky(np.linalg.inv(h)).T, jnp.float32)

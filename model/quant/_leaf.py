@@ -38,9 +38,8 @@ class Quantized(Weight):
     tile: tuple[int, int] = flax.struct.field(pytree_node=False)
     whole: ClassVar[bool] = True
     activations: ClassVar[bool] = False  # whether activations are also quantized before the product
-    unpack_rows: ClassVar[Callable[[Array], list[Array]] | None] = (
-        None  # converts bytes to a list of arrays, one per matrix row that is packed into a byte
-    )
+    # splits bytes into a list of arrays, one for each of the matrix rows whose codes share a byte
+    unpack_rows: ClassVar[Callable[[Array], list[Array]] | None] = None
     kernel_format: ClassVar[str] = ""  # this format's name in kernels/
 
     def numbers(self, codes: Array) -> Array:
@@ -91,7 +90,7 @@ class Quantized(Weight):
         return math.prod(self.sizes_of(k)), math.prod(self.sizes_of(n))
 
     def sizes_of(self, side: str) -> list[int]:
-        """Returns the sizes of the weight's axes `side`, given as letters."""
+        """Returns the sizes of those axes of the weight whose letters are in `side`, such as the output axes."""
         size = dict(zip(weights.operands(self.eqn)[1], self.sizes, strict=True))
         return [size[c] for c in side]
 
@@ -140,7 +139,7 @@ class Quantized(Weight):
 
     def take(self, ids: Array, dtype: DTypeLike) -> Array:
         def rows(a: Array | None, n: int) -> Array | None:
-            """Selects the rows for `ids` from `a`, where each row of `a` belongs to `n` rows of the embedding table."""
+            """Returns each id's row of `a`. One row of `a` is for `n` rows of the embedding table."""
             return a if a is None or a.shape[0] == 1 else weights.take(a, ids.ravel() // n, a.dtype)
 
         plain = self.plain_scales()
@@ -154,7 +153,7 @@ class Quantized(Weight):
         return _multiply.for_inference(self)
 
     def macs(self, stacked: int) -> "Quantized":
-        """Assigns the multiply-adds of the whole matrix to the codes, and 0 to all other arrays."""
+        """Replaces the codes by the number of multiply-adds of the whole matrix, and all other arrays by 0."""
         none = {f: 0 for f in weights.fields(self) if getattr(self, f) is not None}
         return self.replace(**none | {"codes": self.size})
 

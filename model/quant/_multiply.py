@@ -29,7 +29,7 @@ Kernel = Callable[..., Array]  # kernel(x [M,K], codes, scale, group=, dtype=) -
 
 def einsum(eqn: str, x: Array, leaf: "Quantized") -> Array:
     """Computes `jnp.einsum` of x and a quantized weight. The caller must have multiplied x by `leaf.inverse`."""
-    if weights.split(eqn)[1] != letters(leaf.eqn)[1]:  # no kernel supports a sum over N
+    if weights.split(eqn)[1] != letters(leaf.eqn)[1]:  # a sum over N, which no kernel supports
         return weights.product(eqn, x, jax.lax.stop_gradient(leaf.floats(x.dtype)))
     return _product(eqn, x, leaf)
 
@@ -136,8 +136,8 @@ def _part(leaf: "Quantized") -> tuple[int, int]:
 def product(eqn: str, x: Array, leaf: "Quantized") -> Array:
     """Multiplies x by the dequantized matrix.
 
-    If the format also quantizes activations (W8A8), each token of x is rounded with its own scale, except for experts.
-    The gradient ignores this rounding (straight-through estimator).
+    If the format also quantizes activations (W8A8), each token of x is rounded with its own scale. The inputs of
+    experts are not rounded. The gradient ignores the rounding (straight-through estimator).
     """
     xs, _, out = weights.operands(eqn)
     shared, contracted, _ = weights.split(eqn)

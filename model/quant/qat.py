@@ -26,7 +26,7 @@ class FakeQuant(Weight):
 
     w: Array
     eqn: str = flax.struct.field(pytree_node=False)
-    format: str = flax.struct.field(pytree_node=False)  # name of a file in this folder
+    format: str = flax.struct.field(pytree_node=False)  # the quantization format, named like its file in this folder
     options: tuple[tuple[str, int | bool], ...] = flax.struct.field(pytree_node=False)  # arguments for its `make`
     start: int = flax.struct.field(pytree_node=False)
     live: Array | None = None  # one bool per layer: whether step `start` has been reached

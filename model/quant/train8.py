@@ -1,10 +1,11 @@
 """Training with 8-bit matrix products in both the forward and backward pass (as in AQT and FP8-LM, arXiv 2310.18313).
 
-Weights are stored as floats, and quantized each time they are used. Codes can only be multiplied directly if no scale
-varies along the axis of the sum. But the backward pass sums over other axes than the forward pass, so the scales of the
-forward pass do vary there. The backward pass therefore multiplies the output's gradient by these scales before it
-quantizes this gradient: by the scales of W to compute the gradient for x, and by the scales of x to compute the
-gradient for W. This way, it can reuse the codes of the forward pass.
+Weights are stored as floats, and quantized each time they are used. Two arrays of codes can only be multiplied directly
+if their scales do not vary along the axis over which the product is summed. But the backward pass sums over other axes
+than the forward pass, and along these axes, the scales of the forward pass do vary. The backward pass therefore
+multiplies the output's gradient by these scales before it quantizes this gradient: by the scales of W to compute the
+gradient for x, and by the scales of x to compute the gradient for W. This way, it can reuse the codes of the forward
+pass.
 """
 
 from functools import partial
