@@ -51,6 +51,6 @@ def predicted(name: str, found: Sequence[Pair], folds: int, folder: Path) -> np.
 
 
 def penalty(x: np.ndarray) -> float:
-    """Returns the L2 penalty for features x [n,D] of unit variance. It corresponds to a Gaussian prior on the weights
-    under which the predicted log-odds have unit variance as well."""
+    """Returns the L2 penalty for features x [n,D] of unit variance. The penalty is equivalent to a Gaussian prior on
+    the weights. The prior is chosen such that the predicted log-odds have unit variance, too."""
     return float(x.shape[1])

@@ -28,7 +28,7 @@ class Adapter(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """The model's name, by which the harness separates its cached requests from those of other models."""
+        """The name that the harness uses to keep the cached requests of this model apart from those of other models."""
         return self.name
 
     @property

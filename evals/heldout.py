@@ -19,8 +19,8 @@ PASSAGE = 1000  # characters
 
 
 def bits_per_byte(model: Transformer, params: Params, batch: dict[str, Array], lengths: Array) -> Pair:
-    """Returns (negative log-likelihood in bits, length in bytes), both summed over the targets [B,T] of a batch of kind
-    "lm". Their ratio, bits per byte, is comparable across tokenizers.
+    """Returns (negative log-likelihood in bits, length in bytes), both summed over the target tokens [B,T] of a batch
+    for language modeling (kind "lm" in data.rows.batch). Their ratio, bits per byte, is comparable across tokenizers.
 
     `lengths` [V] comes from `byte_lengths`. Control tokens have no bytes and count in neither sum.
     """

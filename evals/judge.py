@@ -1,4 +1,4 @@
-"""Asks a model which of two answers is better, showing them in both orders, or how good a single answer is."""
+"""Asks a judge model to compare two answers, which it sees in both orders, or to grade a single answer."""
 
 import re
 from collections.abc import Sequence
@@ -41,8 +41,8 @@ CHUNK = 32  # number of questions that are scored at a time
 
 class Verdict(NamedTuple):
     """`p` is the probability that the first answer is better, averaged over both orders. `votes` holds two votes: one
-    with the answers shown in the given order, one with them swapped. A vote of 1 is for the answer that is first in the
-    given order, -1 for the other answer, and 0 for a tie or an unreadable reply."""
+    with the answers shown in the given order, one with them swapped. A vote is 1 if the judge prefers the answer that
+    comes first in the given order, -1 if it prefers the other answer, and 0 for a tie or an unreadable reply."""
 
     p: float
     votes: tuple[int, int]
@@ -80,9 +80,9 @@ class Judge:
         return (self._read(texts, DIGITS) @ np.linspace(0, 1, len(DIGITS))).tolist()
 
     def _read(self, texts: Sequence[str], options: str) -> np.ndarray:
-        """Returns the probability [n,options] that the judge replies to each text with each option. A hosted judge
-        gives a single reply, and the option in this reply gets probability 1. If the reply names no option, all options
-        get the same probability."""
+        """Returns probabilities [n,options]: for each text, how likely the judge is to reply with each of the options.
+        A hosted judge gives a single reply, and the option in this reply gets probability 1. If the reply names no
+        option, all options get the same probability."""
         if isinstance(self.lm, Hosted):
             replies = self.lm.generate([[{"role": "user", "content": t}] for t in texts], max_new_tokens=ROOM)
             found = [re.search(rf"\b[{options}]\b", reply) for reply in replies]

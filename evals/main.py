@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from infer.hosted import Hosted
     from infer.lm import LM
 
-# Confidence intervals with a larger half-width cause a warning, which names the number of rows needed for SURE / 2.
+# If the half-width of a confidence interval exceeds SURE, a warning says how many rows would reduce it to SURE / 2.
 SURE = 0.1
 
 
@@ -176,8 +176,8 @@ def _where(name: str, i: int, row: Json) -> str:
 
 
 def _marked(name: str, task: "Task", found: dict[str, str]) -> "Task":
-    """Returns the task with its rows divided into two slices: those in `found`, which are contaminated, and all
-    others."""
+    """Returns the task with its rows divided into two slices, which get separate scores: the contaminated rows, which
+    are listed in `found`, and all others."""
 
     def examples(split: str) -> list[Json]:
         rows = list(task.examples(split))

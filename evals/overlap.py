@@ -16,10 +16,11 @@ from evals.scorers import WORD
 
 NGRAM = 13  # number of consecutive words that must match, as in Brown et al. 2020, appendix C
 LEAST = 8  # a question with fewer words must match together with its answer
-# FORM consecutive words are boilerplate if they occur in more than FEW rows and in more than SHARE of all rows.
+# A sequence of FORM words is boilerplate if it occurs in more than FEW rows and in more than a fraction SHARE of all
+# rows.
 FORM, FEW, SHARE = 5, 3, 0.05
 SHINGLE, JACCARD = 3, 0.8  # words per shingle, and the minimum Jaccard similarity of near-duplicates
-# MinHash with 96 hashes in bands of 4: two rows of similarity 0.8 agree on a band with probability 1 - 3e-6.
+# MinHash with 96 hashes in bands of 4: two rows of similarity 0.8 agree on at least one band with probability 1 - 3e-6.
 HASHES, BAND = 96, 4
 MOST = 20_000  # at most this many rows, spread evenly over all rows, are compared
 SHOWN = 3  # maximum number of pairs or rows that a message names
@@ -62,8 +63,8 @@ def near(texts: Sequence[str]) -> list[tuple[int, int]]:
     """Returns the indices (i, j), with i < j, of pairs of texts whose sets of word shingles have a Jaccard similarity
     of JACCARD or more.
 
-    Candidate pairs are found by banded MinHash (Broder 1997), and then their exact similarity is computed. Of several
-    identical texts, each is paired only with the next one.
+    Candidate pairs are found by banded MinHash (Broder 1997), and then their exact similarity is computed. If more than
+    two texts are identical, each is paired only with the next of them, not with all others.
     """
     sets = [shingles(text) for text in texts]
     counts = Counter(gram for found in sets for gram in found)
@@ -118,8 +119,8 @@ def seen(rows: Sequence[tuple[str, str]], source: str, tokenizer: Tokenizer) -> 
 
 
 def _own(rows: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """Yields, for each row, the word sequences that remain after removing boilerplate. Any FORM consecutive words that
-    occur in many rows are boilerplate."""
+    """Yields, for each row, the word sequences that remain after removing boilerplate. Boilerplate is any sequence of
+    FORM words that occurs in many rows."""
     grams = [_rolling(ids, FORM) for ids in rows]
     found, counts = np.unique(np.concatenate([np.unique(g) for g in grams]), return_counts=True)
     form = found[counts > max(FEW, SHARE * len(rows))]

@@ -82,8 +82,8 @@ def newcombe(both: int, first: int, second: int, neither: int) -> tuple[float, f
 
 def bootstrap(differences: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     """Returns (low, high, p) for the mean of `differences` [n]. [low, high] is the 95 % percentile interval over DRAWS
-    bootstrap samples of the rows. `p` is the two-sided p-value of a mean of 0, estimated from these samples; it is at
-    least 1 / DRAWS."""
+    bootstrap samples of the rows. `p` is the two-sided p-value of the null hypothesis that the mean is 0. It is
+    estimated from these samples and is at least 1 / DRAWS."""
     rng, n = np.random.default_rng(seed), len(differences)
     size = max(1, BLOCK // n)
     blocks = [min(size, DRAWS - at) for at in range(0, DRAWS, size)]

@@ -110,7 +110,8 @@ def ceiling(agreed: float) -> float:
 
 
 def folds(pairs: Sequence[Pair], count: int) -> np.ndarray:
-    """Returns the fold [n] of each pair, which depends only on the pair's prompt."""
+    """Returns the number [n] of the cross-validation fold to which each pair belongs. It depends only on the pair's
+    prompt."""
     return np.array([pair.key % count for pair in pairs])
 
 
@@ -123,8 +124,8 @@ def longest(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def words(texts: Sequence[str], least: int = 2) -> sparse.csr_matrix:
-    """Returns a matrix [texts, words] with the square root of each word's count in each text. It has one column for
-    each word, and for each pair of consecutive words, that occurs in at least `least` texts."""
+    """Returns a matrix [texts, words] with the square root of each word's count in each text. The columns are the words
+    and the pairs of consecutive words that occur in at least `least` texts."""
     found = [_grams(text) for text in texts]
     often: dict[str, int] = {}
     for grams in found:
@@ -150,8 +151,8 @@ def bag_of_words(pairs: Sequence[Pair], count: int = 5, l2: float = 10.0) -> np.
 
 
 def crossed(x: np.ndarray | sparse.csr_matrix, fold: np.ndarray, l2: float) -> np.ndarray:
-    """Predicts the probabilities [n] that people prefer `chosen` from x [n,D], the features of `chosen` minus those of
-    `rejected`. Each fold is predicted by a `logistic` model that is fitted to the other folds."""
+    """Uses x [n,D], the features of `chosen` minus those of `rejected`, to predict the probabilities [n] that people
+    prefer `chosen`. Each fold is predicted by a `logistic` model that is fitted to the other folds."""
     out = np.full(x.shape[0], 0.5)
     for k in np.unique(fold):
         if (fold != k).any():
@@ -163,7 +164,8 @@ def logistic(
     x: np.ndarray | sparse.csr_matrix, sign: np.ndarray | None = None, l2: float = 1.0, start: np.ndarray | None = None
 ) -> np.ndarray:
     """Fits a Bradley-Terry model to feature differences x [n,D]: returns the weights w [D] that minimize sum log(1 +
-    exp(-sign x w)) + l2/2 |w|^2."""
+    exp(-sign x w)) + l2/2 |w|^2. `sign` [n] is 1 for a pair whose first answer is preferred, and -1 for a pair whose
+    second answer is; by default, it is 1 for all pairs."""
     sign = np.ones(x.shape[0]) if sign is None else sign
 
     def loss(w: np.ndarray) -> tuple[float, np.ndarray]:

@@ -7,9 +7,10 @@ KIND is one of these:
 `scorer`   A file in evals/scorers, which compares the answer with the row's `answer` or `references`.
 `model`    A reward model: a run folder, or the folder of an exported model.
 `judge`    A model that grades the answer from 0 to 1; openai:URL#MODEL is a hosted model.
-`rule`     A fixed rule. `length?most=N` gives 1 to answers of up to N words, and less to longer ones: 0 from 2N words
-           on. `unrepeated` gives the share of an answer's 4-grams of words that are distinct. `ends` gives 1 to answers
-           that end with a period, a question mark or an exclamation mark, and 0 to others.
+`rule`     A fixed rule. `length?most=N` gives 1 to answers of up to N words, 0 to answers of 2N words or more, and
+           values between 1 and 0 to answers in between. `unrepeated` gives the number of distinct 4-grams of words in
+           an answer, divided by the number of all its 4-grams. `ends` gives 1 to answers that end with a period, a
+           question mark or an exclamation mark, and 0 to others.
 Instead of KIND:NAME, you can write MODULE:FUNCTION to use a module of your own in the current folder. The function is
 called as function(prompts, answers, rows) and returns one number per answer.
 """

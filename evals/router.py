@@ -1,5 +1,5 @@
 """Chooses which items people should label: those on which a judge model is unsure, and a random sample of the others as
-an audit. Also measures how much accuracy the labels add."""
+an audit. Also measures how the accuracy of a reward model grows with the number of labels."""
 
 import math
 from collections.abc import Sequence
@@ -28,8 +28,9 @@ class Route(NamedTuple):
 
 
 def route(p: np.ndarray, people: int, audit: float, seed: int = 0) -> Route:
-    """Chooses the items that people label. `people` is the number of labels that they can give. A share `audit` of
-    these labels is spent on random items, and the rest on the items whose probability p [n] is nearest to one half."""
+    """Chooses the items that people label. `people` is the number of labels that they can give. A fraction `audit` of
+    these labels is spent on random items. The rest is spent on the items about which the judge is least sure, that is,
+    whose first answer it prefers with a probability p [n] nearest to one half."""
     count = min(people, len(p))
     random = round(count * audit)
     # a random order, which breaks ties between items with equal p
@@ -42,8 +43,8 @@ def route(p: np.ndarray, people: int, audit: float, seed: int = 0) -> Route:
 
 
 class Calibration(NamedTuple):
-    """The result of `calibration`. Each of the `bins` is (lowest confidence, n, mean confidence, accuracy,
-    interval)."""
+    """The result of `calibration`. Each of the `bins` is (lowest confidence, number of items, mean confidence,
+    accuracy, 95 % interval of the accuracy)."""
 
     n: int
     accuracy: float
@@ -56,7 +57,7 @@ class Calibration(NamedTuple):
 
 def calibration(p: Sequence[float], label: Sequence[float]) -> Calibration:
     """Measures how well predicted probabilities match people's labels. `p` [n] is the probability that the first answer
-    is better; `label` [n] is 1 if people say so, 0 if they prefer the second answer, 0.5 for a tie."""
+    is better; `label` [n] is 1 if people prefer the first answer, 0 if they prefer the second, and 0.5 for a tie."""
     x, y = np.asarray(p, float), np.asarray(label, float)
     sure = np.maximum(x, 1 - x)
     right = np.where(x > 0.5, y, np.where(x < 0.5, 1 - y, 0.5))
@@ -76,7 +77,8 @@ def calibration(p: Sequence[float], label: Sequence[float]) -> Calibration:
 
 
 class Point(NamedTuple):
-    """Held-out accuracy after training on `labels` labels: the mean over replays and its Student-t interval."""
+    """The held-out accuracy of a reward model that is trained on `labels` labels: the accuracy in each of the `replays`
+    of `curve`, their mean, and the Student-t interval of the mean."""
 
     labels: int
     mean: float
@@ -92,10 +94,11 @@ def curve(
     """Measures how the accuracy of a linear reward model grows with the number of labels. The model is fitted to
     feature differences x [n,D].
 
-    Each replay holds out one of the groups that `fold` [n] defines, and draws labels from the other groups. `order`
-    says which labels are drawn first: "random" ones, those for which the model's probability is nearest to one half
-    ("uncertain"), or those for which it differs most from the judge's probability in `judge` [n] ("disagreement"). In
-    every order, the first `sizes[0]` labels are drawn at random. `noise` is the share of labels that are flipped, to
+    The measurement is repeated `replays` times. Each replay holds out one of the groups of pairs that `fold` [n]
+    defines, and draws pairs from the other groups to label them. `order` says which pairs are labeled first: pairs
+    drawn at random ("random"), those that the model predicts with a probability nearest to one half ("uncertain"), or
+    those for which the model's probability differs most from the judge's probability in `judge` [n] ("disagreement").
+    In every order, the first `sizes[0]` pairs are drawn at random. `noise` is the share of labels that are flipped, to
     simulate mistakes. A row of x holds the features of the preferred answer minus those of the other answer, so its
     label is 1, or -1 if it is flipped.
     """

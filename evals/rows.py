@@ -9,11 +9,12 @@ The options are:
 `split`    The rows to score: train, validation, test (the default) or all (the default if SOURCE or the file's name
            names a split, such as FILE@test). Solved examples in the prompt come from the train split. See
            data/splits.py.
-`slices`   COLUMN or COLUMN+COLUMN: rows with the same value in one of these columns also get a score of their own.
+`slices`   COLUMN or COLUMN+COLUMN: for each value in one of these columns, the rows with this value also get a score
+           of their own.
 `options`  The column with the options of a multiple-choice question, if its name is not "options" or "choices".
 `tokens`   The maximum number of tokens in an answer; the default is enough for the longest reference.
 `name`     The name under which results are recorded; the default is the name of the file.
-If the columns have other names than in training, name them as in data.fields: prompt=question:completion=answer
+If the columns do not have the names that training expects, name them like options: prompt=question:completion=answer
 
 A row may have several references, given as a list or in SQuAD's format {"text": [...]}.
 """
@@ -43,8 +44,9 @@ COLUMNS = (
 # The correct answers of a row, called its references, are in the first of these columns that the row has.
 ANSWERS = ("references", "completion", "answer", "answers", "response", "output", "label", "target")
 EMPTY = "(none)"  # this text stands for an empty reference while a row is being read
-# Upper limits: the number of options of a choice, of distinct answers up to which `auto` selects the scorer `choice`,
-# and of distinct values in a column of slices.
+# Three upper limits: on the options of a question if these are all answers in the file (CLASSES), on the distinct
+# answers with which `auto` selects the scorer `choice` (LABELS), and on the distinct values in a column of slices
+# (SLICES).
 CLASSES, LABELS, SLICES = 50, 10, 50
 # `auto` scores answers of up to SHORT words by exact match, and of up to PHRASE words by token F1
 SHORT, PHRASE = 5, 12
@@ -147,7 +149,7 @@ def _read(source: str, options: dict[str, str], listed: bool) -> dict[str, list[
             made = _row(row.record, options, listed) | {"where": row.where}
             found[part or splits.of(row.record)].append(made)
         except UserError as e:
-            fix = "" if "data.fields" in e.fix else e.fix  # such a fix is for training; the fix for tasks is below
+            fix = "" if "data.fields" in e.fix else e.fix  # only training has data.fields; the fix for tasks is below
             reason = " · ".join(filter(None, (e.what, fix)))
             count, first = causes.get(reason, (0, row.where))
             causes[reason] = (count + 1, first)
@@ -251,8 +253,8 @@ def _slices(record: dict, options: dict[str, str]) -> dict[str, str]:
 
 
 def _options(value: Any, column: str, answers: list[str]) -> dict:
-    """Returns the options of a row, and its references, each as the text of an option. In the file, a reference may be
-    the text, the label or the index of an option."""
+    """Returns the options of a row and its references. Each reference is returned as the text of an option. In the
+    file, a reference may be the text, the label or the index of an option."""
     value = parsed(value)
     labels = list(string.ascii_uppercase)
     if isinstance(value, dict) and {"text", "label"} <= value.keys():  # ARC's format
@@ -297,8 +299,8 @@ def _chosen(rows: Sequence[dict]) -> tuple[str, str]:
 
 
 def _check(source: str, scorer: str, rows: Sequence[dict]) -> None:
-    """Raises UserError if the scorer cannot read the references. For the scorer `choice`, a row without options gets as
-    its options all answers that occur in the file."""
+    """Raises UserError if the scorer cannot read the references. If the scorer is `choice`, the options of a row that
+    has none are all answers that occur in the file."""
     check = scorers.checker(scorer)
     for row in rows:
         try:

@@ -92,9 +92,9 @@ def evaluate(
     highest log-likelihood per byte. For any other task, the answer is generated greedily.
 
     `task` is either a name that evals.task.load accepts, or a Task, whose result is then recorded under `name`.
-    `context` is the prompting setup, whose solved examples come from the training split. The result contains the first
-    `keep` examples as samples, and its `seconds` include retrieval. If `timed` is not 0, that many examples are then
-    asked one at a time to measure the latency.
+    `context` is the prompting setup, whose solved examples come from the training split. The first `keep` examples are
+    stored in the result's `samples`. Its `seconds` include the time for retrieval. If `timed` is not 0, that many
+    examples are then asked one at a time to measure the latency.
     """
     if isinstance(task, str):
         [(name, task)] = tasks.named([task]).items()
@@ -221,8 +221,8 @@ def _slices(examples: Sequence[Example], scores: Sequence[float]) -> dict[str, d
 
 def choose(lm: LM, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
     """Chooses among the options of each prompt by their log-likelihood given the prompt. Returns two lists with one
-    option per prompt: the one with the highest total log-likelihood, and the one with the highest log-likelihood per
-    byte.
+    option per prompt. The first list has the options with the highest total log-likelihood, the second those with the
+    highest log-likelihood per byte.
 
     Unlike the total, the log-likelihood per byte does not favor short options. If several options are equally likely,
     the first one is chosen.
@@ -240,8 +240,8 @@ def choose(lm: LM, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) 
 def sample(
     question: Prompt, example: Example, completion: str, score: float, hits: Sequence[Hit], cited: Sequence[int]
 ) -> dict:
-    """Returns a sample for the report: the question without its context, the right answer, the model's answer, its
-    score, and the retrieved passages."""
+    """Returns one answered question for the report: the question as it was before the prompting setup was applied, the
+    right answer, the model's answer, its score, and the retrieved passages."""
     found = {"prompt": text(question), "answer": example["answer"], "completion": completion, "score": score}
     passages = retrieval.sources(hits, range(1, len(hits) + 1))
     return found | ({"passages": passages, "cited": list(cited)} if hits else {})

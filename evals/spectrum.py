@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from infer.lm import LM
     from model.weights import Spec
 
-# number of singular vectors that are compared, and the cosine below which one of them is an intruder
+# number of singular vectors that are compared, and the cosine below which a vector counts as new to the base model
 TOP, COSINE = 10, 0.5
 
 
@@ -74,7 +74,7 @@ def _layers(old: "Array", delta: "np.ndarray", spec: "Spec") -> list[dict]:
 
 
 def figures(w: "Array", delta: "Array") -> dict[str, "Array"]:
-    """Computes scalars for a matrix W [in, out] and its change dW.
+    """Computes figures that describe the change dW of a matrix W [in, out].
 
     `relative`: ||dW|| / ||W||. `cosine`: <W, W + dW> / (||W|| ||W + dW||). Let s be the singular values of dW.
     `effective_rank`: exp of the entropy of s / sum(s) (Roy & Vetterli 2007). `stable_rank`: sum(s^2) / s_1^2.
@@ -100,8 +100,8 @@ def figures(w: "Array", delta: "Array") -> dict[str, "Array"]:
 
 
 def merge_cost(lm: "LM") -> dict[str, float]:
-    """Returns the adapter's size in bytes, the seconds to merge it (without compilation), and the largest change that
-    merging makes to a logit, relative to the largest logit."""
+    """Returns the adapter's size in bytes, the seconds that merging it takes (without compilation), and the largest
+    change of a logit that merging causes, divided by the largest logit."""
     import jax
     import numpy as np
 

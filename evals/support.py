@@ -12,8 +12,8 @@ from infer.retrieve.index import Hit
 def measure(
     examples: Sequence[Example], answers: Sequence[str], hits: Sequence[Sequence[Hit]], cited: Sequence[Sequence[int]]
 ) -> Json:
-    """Returns the following figures. Each of the first four is the share of questions for which
-    the statement is true.
+    """Returns the following figures. Each of the first four is the fraction of questions for which the given statement
+    is true.
 
     `retrieved`: a reference is in one of the passages.
     `cites`: the answer cites one of the passages by its number.

@@ -20,7 +20,7 @@ from common.types import Json, Leaf
 from data import splits
 from evals import scorers
 
-Example = Json  # "answer" and the fields that `prompt` reads; also "options" for the kind "choice"
+Example = Json  # has "answer" and the fields that `prompt` reads; if the task's kind is "choice", also "options"
 Prompt = str | list[dict]  # a text to continue, or chat messages that end with a user's turn
 TASKS = Path(__file__).parent / "tasks"
 
@@ -60,8 +60,8 @@ def load(name: str, **options: Leaf) -> Task:
 
 
 def _validated(task: Task) -> Task:
-    """Returns the task with a split "validation". Some of the training examples, chosen by a hash of their questions,
-    are moved to it."""
+    """Returns the task with an additional split "validation". It consists of training examples that are chosen by a
+    hash of their questions and removed from the training split."""
 
     @functools.cache
     def examples(split: str) -> Sequence[Example]:
@@ -121,7 +121,8 @@ def fingerprint(task: Task) -> str:
 
 
 def chat(instruction: str, question: Callable[[Example], str]) -> Callable[[Example], Prompt]:
-    """Returns a `prompt` function for a Task. It asks `question(example)`, with `instruction` as the system message."""
+    """Returns a `prompt` function for a Task. Its prompts are chats with `instruction` as the system message and
+    `question(example)` as the user's message."""
     return lambda example: [_turn("system", instruction), _turn("user", question(example))]
 
 

@@ -52,8 +52,8 @@ def examples(split: str) -> list[Example]:
 
 
 def read(sentence: str) -> Example | None:
-    """Makes an example from the date in a sentence and the words around it. Returns None if there is no complete date,
-    or if the example would name a second month."""
+    """Makes an example from the date in a sentence and the words around it. Returns None if the sentence has no
+    complete date, or if the words around the date name a month, too."""
     found = DATE.search(sentence)
     if not found:
         return None
