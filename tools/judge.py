@@ -6,8 +6,9 @@ preferences.
 
 --pairs names a file of preferences or rankings in any format that training reads. Rows with the same two answers count
 as votes by several people. The first two lines of the table show how often people agree with each other, and the
-highest accuracy that this agreement allows; only these lines include ties. A judge sees each pair of answers in both
-orders, and prefers an answer only if it chooses that answer both times. An undecided pair counts as half correct.
+highest accuracy that a predictor can therefore be expected to reach. Only these two lines include ties. A judge sees
+each pair of answers in both orders, and prefers an answer only if it chooses that answer both times. An undecided pair
+counts as half correct.
 
 --rewards lists rewards as in evals.reward, separated by spaces. --features trains a linear reward model on the hidden
 states of a frozen model. The linear reward model and the bag-of-words model are cross-validated over --folds.
@@ -95,8 +96,8 @@ def run(args: argparse.Namespace) -> list[Json]:
 
 
 def _people(every: "Sequence[Pair]", args: argparse.Namespace) -> Iterator[Json]:
-    """Yields two rows: how often people agree with each other, and the accuracy that this agreement allows. Yields
-    nothing if no pair has several votes."""
+    """Yields two rows: how often people agree with each other, and the highest accuracy that a predictor can therefore
+    be expected to reach. Yields nothing if no pair has several votes."""
     from evals import pairs
 
     agreed = pairs.agreement(every)
@@ -116,8 +117,8 @@ def _people(every: "Sequence[Pair]", args: argparse.Namespace) -> Iterator[Json]
 
 
 def _trained(found: "Sequence[Pair]", args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """Yields (label, function) for each predictor that is trained on the other folds. The function returns the
-    probabilities p [n] that people prefer the chosen answers."""
+    """Yields (label, function) for each predictor that is trained by cross-validation. The function predicts each fold
+    after training on the other folds, and returns the probabilities p [n] that people prefer the chosen answers."""
     from evals import pairs
 
     yield f"bag of words, {args.folds} folds", lambda: pairs.bag_of_words(found, args.folds)
@@ -159,8 +160,8 @@ def _judged(name: str) -> tuple[Callable[[Sequence["Pair"]], list[Json]], Any]:
 
 
 def _kept(out: Path, name: str, drawn: "Sequence[Pair]", make: Callable[[], tuple]) -> tuple[list[Json], Any]:
-    """Returns one line {"pair", "p", "seconds", ...} per pair, and the judge, if it is hosted and was needed. Lines
-    that an earlier call has written are reused."""
+    """Returns (lines, judge): one line {"pair", "p", "seconds", ...} per pair, and the judge if it is a hosted model
+    that had to judge pairs, or otherwise None. Lines that an earlier call has written are reused."""
     from data import splits
 
     path = out / f"{splits.key(name):016x}.jsonl"

@@ -6,12 +6,13 @@ compiles.
 
 For each shape, the command prints the instruction bundles and iterations of the hottest loop, the MXU utilization
 (minimum cycles divided by scheduled cycles), the bytes moved relative to the minimum, the VMEM, and the spilled
-registers. With --shapes=all, a second line describes the program that XLA compiles for the same operands. The time of a
-kernel is a range, which starts at the longer of two times: the time of the schedule, and the time of the HBM traffic at
-peak bandwidth. The upper end adds the part of the first block's time that cannot overlap with other work. For XLA's
-program, the range ends at XLA's own estimate. Stalls are not included, so kernels whose times differ by less than about
-10 % cannot be ranked. For TPU7x, the products per cycle are an estimate from the chip's published peak rate, which its
-schedules exceed. For TPUs, the command needs requirements/tpu.txt.
+registers. With --shapes=all, a second line describes the program that XLA compiles for the same operands. Times are
+printed as ranges. The lower end is the time of the schedule or the time of the HBM traffic at peak bandwidth, whichever
+is longer. For a kernel, the upper end adds the shorter of these two times for one block, since the first block cannot
+be computed while it is being copied. For XLA's program, the upper end is XLA's own estimate. Stalls are not included,
+so kernels whose times differ by less than about 10 % cannot be ranked. For TPU7x, the number of products per cycle is
+estimated from the chip's published peak rate, but compiled schedules contain more products per cycle than that. For
+TPUs, the command needs requirements/tpu.txt.
 
 `--chip=h100` compiles for an H100 that need not be present. It needs requirements/gpu.txt, and prints registers,
 spills, memory and bytes, but no times. `--chip=gpu` prints the same for the GPU of this machine, measures times, and
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 
 
 class Tpu(NamedTuple):
-    """One device of a TPU chip, as libtpu counts devices. The two cores of a v5p chip are one device."""
+    """A TPU device, as libtpu defines it. A v5p chip is one device with two cores, whereas a TPU7x chip is two
+    devices."""
 
     topology: str
     flops: dict[str, int]  # FLOPs per cycle by dtype: number of MXUs times FLOPs of one MXU
@@ -56,7 +58,7 @@ TPUS = {
     "v6e": Tpu("v6e:2x2", {"bfloat16": 2**19, "int8": 2**20}),
     "tpu7x": Tpu("tpu7x:2x2x1", {"bfloat16": 2**19, "float8_e4m3fn": 2**20}, 2),
 }
-GPUS = ("h100", "gpu")  # an H100 that need not be present, and the GPU of this machine
+GPUS = ("h100", "gpu")  # "h100" need not be present; "gpu" is the GPU of this machine
 
 
 @cli.command
@@ -139,7 +141,7 @@ def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
     one = SingleDeviceSharding(device)
     here = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for a in args]
     grids = list(calls(jax.make_jaxpr(f)(*args).jaxpr))
-    # This layout avoids a conversion of the kernel's output, which a larger program would not contain.
+    # With this layout, the kernel's output is not converted. A larger program would not contain that conversion either.
     program = jax.jit(f, out_shardings=Format(Layout((0, 1)), one) if grids else None).lower(*here).compile()
     sums = grids[0].grid[-1] if grids else math.inf
     listings = sorted(glob.glob(f"{dump}/*final_bundles.txt"))

@@ -1,8 +1,9 @@
 """Defines the cases of the report: the kernels of `kernels/`, and XLA's programs for the same operands.
 
 XLA's programs multiply by the dequantized matrix W. The report also lists operations without a kernel, to show why they
-do not need one. XLA converts an 8-bit W inside its matrix product, so a decoding step is limited by reading W, and a
-prefill by the MXU. Rounding the rows of x to int8 is limited by reading and writing these rows.
+do not need one. XLA converts an 8-bit W inside its matrix product, so the speed of a decoding step is limited by
+reading W, and that of a prefill by the MXU. The speed of rounding the rows of x to int8 is limited by reading and
+writing these rows.
 """
 
 import functools
@@ -28,11 +29,11 @@ class Case(NamedTuple):
 
     name: str
     shape: str
-    kernel: Callable | None  # None: there is no kernel
+    kernel: Callable | None  # None if there is no kernel
     xla: Callable | None  # the same operation as compiled by XLA
     args: tuple[Any, ...]  # abstract arrays, or concrete arrays if their values matter
     flops: int = 0
-    peak: str = "bfloat16"  # data type whose peak rate on the chip limits the products
+    peak: str = "bfloat16"  # data type of the products, which determines the chip's peak rate
     quick: bool = False  # whether tests compile the case
     platform: str = "tpu"
 
@@ -60,8 +61,8 @@ def _leaf(quantizer: Quantizer, k: int, n: int) -> Quantized:
 
 
 def _product(name: str, quantizer: Quantizer, m: int, k: int, n: int, kernel: Callable, **options: Any) -> Case:
-    """Makes a case for `kernel` and XLA, which multiply M rows by W [K, N]: rows of x or, if `backward`, rows of the
-    gradient with respect to the result."""
+    """Makes a case that compares `kernel` with XLA. Both multiply M rows by W [K, N]. The rows are those of x or, if
+    `backward`, those of the gradient with respect to the result."""
     leaf, dtype, backward = _leaf(quantizer, k, n), options.pop("dtype", "bfloat16"), options.pop("backward", False)
     group = leaf.tile[0]
     args = array(m, n if backward else k, dtype=dtype), leaf.codes, leaf.scale
@@ -126,7 +127,7 @@ def _paged_lora() -> Iterator[Case]:
     flat = lambda f: lambda x, a, b, *r: f(x[:, None], a, b, route(*r))[:, 0]
     paged = lambda stack: stack.reshape(-1, size, stack.shape[1])
     for rows, dtype in ((16, "bfloat16"), (64, "bfloat16"), (64, "float32")):
-        owner = [i for i in range(rows) for _ in range(-(-(8 + 13 * i % 57) // size))]  # the row that uses each page
+        owner = [i for i in range(rows) for _ in range(-(-(8 + 13 * i % 57) // size))]  # owner[page]: row that uses it
         pages = len(owner)
         stack = array(pages * size, 4096, dtype=dtype)
         args = array(rows, 4096, dtype=dtype), stack, stack, *paged_lora.route(list(enumerate(owner)), pages)

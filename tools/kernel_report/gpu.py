@@ -1,8 +1,8 @@
-"""Reports the cost of kernels on the GPU of this machine, or on an H100 that is not present, from the statistics of
-ptxas.
+"""Reports the cost of kernels on the GPU of this machine, or on an H100 that is not present, from the statistics that
+ptxas prints.
 
-Registers, spills and shared memory are the maxima over all GPU programs of a case. Every operand and result counts once
-in the bytes: the programs of a kernel read the rows of x repeatedly, but from the L2 cache. For a GPU that is not
+Registers, spills and shared memory are the maxima over all GPU programs of a case. In the bytes moved, every operand
+and every result is counted once: a kernel reads the rows of x repeatedly, but from the L2 cache. For a GPU that is not
 present, times are not known, since ptxas prints no schedule.
 """
 
@@ -133,7 +133,7 @@ def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
     from tools.plan import hlo
     from train import mesh as meshes
 
-    shutil.rmtree(dump)  # XLA creates it again
+    shutil.rmtree(dump)  # XLA creates the folder again
     mesh = meshes.make_mesh({}, [device])
     there = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P())) for a in args]
     with jax.set_mesh(mesh):  # Pallas compiles for the device of this mesh
@@ -152,7 +152,8 @@ def compiled(f: Callable, args: tuple, device: "jax.Device", dump: str) -> Json:
 
 
 def assembled(path: str) -> str:
-    """Returns the statistics that ptxas prints for a file, or "" for a file without programs, which ptxas rejects."""
+    """Returns the statistics that ptxas prints for a file. Returns "" if the file contains no programs, since ptxas
+    rejects such a file."""
     text = Path(path).read_text()
     if ".entry" not in text:
         return ""
@@ -162,8 +163,8 @@ def assembled(path: str) -> str:
 
 
 def ptxas() -> str:
-    """Returns the path of ptxas in the CUDA wheels, where a folder name depends on the CUDA version, or else its path
-    on PATH."""
+    """Returns the path of ptxas in the CUDA wheels, in which the name of one folder depends on the CUDA version. If the
+    wheels do not contain ptxas, returns the path of the one on PATH."""
     nvidia = importlib.util.find_spec("nvidia")
     folders = nvidia.submodule_search_locations if nvidia else []
     found = [path for folder in folders for path in glob.glob(f"{folder}/*/bin/ptxas")]

@@ -1,8 +1,9 @@
 """Reads the schedule of a TPU program from the compiler's listing of instruction bundles.
 
-Without stalls, one bundle is issued per cycle. A loop is a branch back to the start of a region, and its number of
-iterations is read from its exit test. A region that a forward branch can skip, and that contains neither a product nor
-a copy, is assumed to run only in the first or last step of a sum over grid steps.
+Without stalls, one bundle is issued per cycle. A branch back to the start of a region closes a loop. The number of
+iterations is read from the loop's exit test. Some regions can be skipped by a forward branch and contain neither a
+product nor a copy. If a sum takes several grid steps, such a region is assumed to run only in the first or the last of
+these steps.
 """
 
 import itertools
@@ -49,8 +50,8 @@ def bundles(text: str) -> list[str]:
 
 
 def read(text: str, sums: int = 1) -> Schedule:
-    """Returns the schedule of a listing. If a kernel computes each sum in `sums` grid steps, code that only begins or
-    ends a sum runs in one of `sums` steps."""
+    """Returns the schedule of a listing. `sums` is the number of grid steps in which the kernel computes each sum. Code
+    that only begins or ends a sum is counted in one of these steps."""
     code = bundles(text)
     starts = {region: i for i, b in enumerate(code) for region in _START.findall(b)}
     jumps = [(i, starts[r]) for i, b in enumerate(code) for r in _BRANCH.findall(b) if r in starts]

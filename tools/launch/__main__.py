@@ -38,7 +38,7 @@ POLL = 30.0  # seconds between checks of a machine's state
 
 
 class Slice(NamedTuple):
-    """The chips for which an accelerator's name stands. For example, v5p-8 stands for 4 chips on one host."""
+    """The chips and hosts that an accelerator's name stands for. For example, v5p-8 stands for 4 chips on one host."""
 
     product: str
     type: str  # name of the accelerator for the Cloud TPU API and xpk
@@ -52,7 +52,7 @@ class Slice(NamedTuple):
 
 class Plan(NamedTuple):
     target: Json
-    steps: dict[str, list[str]]  # {step: words of its command}, for the steps that this launch needs
+    steps: dict[str, list[str]]  # {step: the words of its shell command}, for the steps that this launch needs
     files: dict[str, str]  # {name: text} of files that the steps read in addition to the repository
 
     def names(self, part: str) -> list[str]:
@@ -134,7 +134,8 @@ def make(flags: Json, target: Json, a: Slice, args: overrides.Args) -> Plan:
         omitted.add("mount")
     if a.hosts == 1:
         omitted |= {"policy", "delete-policy"}
-    if flags["workdir"].startswith(STORE):  # the run is already in its bucket, and hosts have a copy of the metrics
+    if flags["workdir"].startswith(STORE):
+        # The run folder is already in a bucket, so it is not fetched. Each host has a local copy of the metrics.
         omitted |= {"fetch-vm", "fetch-bucket", "keep"}
         values |= {"packages": "cloud", "lines": "~/.cache/kungfu/runs/*", "page": f"runs/{name}"}
     else:
@@ -142,7 +143,7 @@ def make(flags: Json, target: Json, a: Slice, args: overrides.Args) -> Plan:
     groups = {k: words.format(**values).split() for k, words in TABLE["groups"].items()}
     groups["capacity"] = ["--spot"] if flags["spot"] else ["--on-demand"]
     if not flags["spot"]:
-        groups["spot"] = groups["model"] = []  # an empty group adds no words to its command
+        groups["spot"] = groups["model"] = []  # leaves these options out of the commands
     if a.hosts == 1:
         groups["slice"] = []
     groups["train"] = train_command(args, target, a.hosts)
@@ -164,8 +165,8 @@ def train_command(args: overrides.Args, target: Json, hosts: int) -> list[str]:
 
 
 def fill(template: str, values: Json, groups: Mapping[str, list[str]]) -> list[str]:
-    """Returns the words of a command. Each word is filled in separately, so that a value never becomes several
-    words."""
+    """Returns the words of a shell command. Each word of the template is filled in separately, so that a value with
+    spaces remains a single word."""
     words = shlex.split(template)
     return [x for w in words for x in (groups[w[1:-1]] if w[1:-1] in groups else [w.format(**values)])]
 

@@ -1,4 +1,5 @@
-"""Makes instruction data from documents: a local model or templates write questions and answers, filters drop some.
+"""Makes instruction data from documents: a local model or templates write questions and answers, and filters drop
+unsuitable ones.
 
     python -m tools.make_data --documents=SOURCE --to=FOLDER [--by=auto] [--model=smollm2-135m-instruct] [--most=200]
                               [--words=160] [--seed=0] [--against=TASK,...]
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from infer.retrieve.chunks import Chunk
     from tools.make_data.filters import Row
 
-TRIAL, LEAST = 32, 0.25  # `auto` keeps the model if at least LEAST of its first TRIAL rows pass the filters
+# `auto` keeps the model if the filters accept at least the fraction LEAST of its first TRIAL rows.
+TRIAL, LEAST = 32, 0.25
 RECORD = "record.json"
 SAMPLES, PER_REASON = 20, 4  # the page shows up to SAMPLES kept rows, and up to PER_REASON dropped rows per reason
 
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def make(args: argparse.Namespace) -> None:
-    """Writes the folder. Does nothing if the same command has already written it."""
+    """Writes the folder --to. Does nothing if the same command has already written this folder."""
     from data import sources
     from evals import task
 
@@ -153,13 +155,13 @@ def reasons(dropped: "Sequence[tuple[Row, str]]") -> list[tuple[str, int]]:
 
 
 def kind(reason: str) -> str:
-    """Shortens a reason to its kind: leaves out the row or text after the colon."""
+    """Returns the kind of a reason: the text before the colon, without the details after it."""
     return reason.partition(": ")[0]
 
 
 def page(args: argparse.Namespace, found: "Sequence[Chunk]", kept: "Sequence[Row]", dropped: "Sequence") -> str:
-    """Renders a page with a sample of the kept rows, and one of the rows dropped for each reason. The samples are
-    spread evenly over the rows."""
+    """Renders a page with a sample of the kept rows and, for each reason, a sample of the rows that were dropped for
+    it. The samples are spread evenly over the rows."""
     from tools.report.page import render
 
     some = lambda rows, n: list(rows)[:: max(1, -(-len(rows) // n))]

@@ -6,14 +6,14 @@
     python -m tools.plan --config=configs/X.py --parameters [--devices=16]
 
 The TPUs or GPUs need not be present. Plans for TPUs need the packages of requirements/tpu.txt. Plans for H100s need
-those of requirements/gpu.txt, and are limited to one machine of up to eight. `--slices=2` plans for two TPU slices that
-are connected by the data center network, along the mesh axis `data`. `--what=decode` plans one decoding step of
-`data.batch_size` rows with a cache of `data.seq_len` tokens.
+those of requirements/gpu.txt, and are limited to one machine with up to eight H100s. `--slices=2` plans for two TPU
+slices that are connected by the data center network, along the mesh axis `data`. `--what=decode` plans one decoding
+step of `data.batch_size` rows with a cache of `data.seq_len` tokens.
 
 `--search` tries meshes, remat policies, batch sizes and gradient accumulation, and sorts the settings that fit into
 memory by their estimated tokens/s. It starts no new trial after `--minutes`. `--parameters` prints the shape, mesh axes
 and bytes per device of every parameter. With it, a mesh axis of -1 takes all remaining `--devices` (default: 1). Exit
-code 2 means that the input must change or that the run does not fit into memory.
+code 2 means that the input is invalid or that the run does not fit into memory.
 """
 
 import json
@@ -71,10 +71,10 @@ def search(cfg: Config, devices: list[Any], flags: Json) -> list[Json]:
     """Tries settings until `--minutes` have passed, and returns the plans that fit into memory, the fastest first.
 
     The search first tries every remat policy with all devices on the axis fsdp. It then tries the best policy with 2, 4
-    and 8 devices on the axis tensor, and stops when more devices on that axis are not faster. For each mesh and policy,
-    it starts with the best batch size so far, or at first with that of the config. It halves the batch size until the
-    plan fits, or doubles it as long as that raises the speed by more than 2 %. Finally, if the config's batch size is a
-    multiple of the best one, it is tried with gradient accumulation.
+    and 8 devices on the axis tensor, and stops when more devices on that axis are not faster. The very first trial has
+    the config's batch size. For each further mesh or policy, the search starts with the best batch size so far. It
+    halves the batch size until the plan fits, or doubles it as long as that raises the speed by more than 2 %. Finally,
+    if the config's batch size is a multiple of the best one, it is tried with gradient accumulation.
     """
     from train import inputs
 

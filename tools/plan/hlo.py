@@ -189,7 +189,7 @@ def parse(line: str) -> Op | None:
 
 
 def _until(text: str, depth: int, stop: str) -> tuple[str, str]:
-    """Splits text at the first `stop` outside all brackets. The text starts inside `depth` open brackets."""
+    """Splits text at the first `stop` outside all brackets. `depth` brackets are already open where the text starts."""
     for i, c in enumerate(text):
         depth += (c in "([{") - (c in ")]}")
         if c == stop and not depth:
@@ -235,7 +235,8 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
 
 def _named(m: re.Match) -> np.ndarray:
     """Parses groups written as mesh['a'=4,'b'=2] {'a'}. There is one group for each index of axis b, and its members
-    are all the indices of axis a. 'a':(2)2 splits axis a: after 2 major positions, groups have 2 members each."""
+    are all the indices of axis a. 'a':(2)2 splits axis a into three axes, whose sizes are 2, 2 and the rest. The
+    members of a group are then the indices of the second one."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", m[1])}
     ids = _iota(m[2], m[3]) if m[2] else np.arange(math.prod(sizes.values()))
     shape, members = [], []
@@ -249,7 +250,8 @@ def _named(m: re.Match) -> np.ndarray:
 
 
 def spanned(groups: Iterable, mesh_shape: dict[str, int]) -> tuple[str, ...]:
-    """Returns the mesh axes along which the members of a group differ. Partition i is at position i of the mesh."""
+    """Returns the mesh axes along which the members of a group differ. Partition i is device i of the mesh, in
+    row-major order."""
     coords = np.stack(np.unravel_index(np.asarray(groups), tuple(mesh_shape.values())))  # [axes, groups, members]
     differ = (coords != coords[..., :1]).any(axis=(1, 2))
     return tuple(a for a, d in zip(mesh_shape, differ) if d)

@@ -60,8 +60,8 @@ def plan(cfg: Config, model: Any, devices: list[jax.Device], what: str = "train"
     if what == "train":
         held["logits_chunk"] = 4 * chunk * planned.model.config.vocab_size
         held["gradients"] = out["config"]["bytes_per_device"]["gradients"]
-    # In training, only the head's loop over chunks has an unknown length. In decoding, each iteration makes one token
-    # per row, and one iteration is counted.
+    # In training, the only loop of unknown length is the head's loop over chunks. In decoding, it is the loop over new
+    # tokens. One of its iterations is counted, which makes one token per row.
     program = hlo.Program(compiled.as_text(), -(-local // chunk) if what == "train" else 1)
     out |= {"fits": True, "verdict": verdict, "largest": program.largest(6)}
     out |= {"sent": program.sent(dict(mesh.shape)), "traffic": program.traffic()}
@@ -91,7 +91,7 @@ def decode_step(cfg: Config, planned: Any) -> tuple[Any, Json]:
     axes = ("data", "fsdp", "tensor")
 
     def place(x: Any) -> Any:
-        """Shards the leading axis, which has one entry per row or, in the cache, one per row and key head."""
+        """Shards the leading axis, which has one entry for each row or, in the cache, for each key head of each row."""
         over = axes if x.ndim == 3 else axes[:2]
         fits = x.ndim and x.shape[0] % math.prod(mesh.shape[a] for a in over) == 0
         return _placed(x, NamedSharding(mesh, P(over) if fits else P()))
