@@ -55,8 +55,8 @@ def model(cfg: Config, pretrained: Shaped | None, vocab_size: int | None = None)
 
     Its shape is that of `pretrained`, or a named shape such as "llama3-8b". The config may override individual sizes of
     a named shape. `vocab_size` is the size of the tokenizer's vocabulary. For a randomly initialized model, it is
-    rounded up to a multiple of 64, because all accelerators multiply such sizes fast. Raises UserError if the shape,
-    the config's `init` and the tokenizer do not fit together.
+    rounded up to a multiple of 64, because matrices of such sizes are multiplied fast on all accelerators. Raises
+    UserError if the shape, the config's `init` and the tokenizer do not fit together.
     """
     c = cfg.model
     if not c.shape:

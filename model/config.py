@@ -62,11 +62,11 @@ def number(name: str, value: object, low: float, high: float, whole: bool = Fals
 class ModelConfig:
     """The architecture and sizes of a model. The default values are those of Llama.
 
-    In the comments, a capital letter is the letter that stands for this size in einsum equations. `rope_scaling` has
-    the content of the `rope_scaling` or `rope_parameters` dict of a Hugging Face config. It is stored as sorted pairs,
-    because a ModelConfig must be hashable. `windows` lists the sliding-window size of each layer, where 0 means full
-    attention. If `windows` is empty, all layers have full attention. Values may come from untrusted files, so a field
-    that has the wrong type or is out of range raises ValueError.
+    A capital letter in the comment of a field stands for this size in einsum equations. `rope_scaling` has the content
+    of the `rope_scaling` or `rope_parameters` dict of a Hugging Face config. It is stored as sorted pairs, because a
+    ModelConfig must be hashable. `windows` lists the sliding-window size of each layer, where 0 means full attention.
+    If `windows` is empty, all layers have full attention. Values may come from untrusted files, so a field that has the
+    wrong type or is out of range raises ValueError.
     """
 
     vocab_size: int  # V
@@ -132,7 +132,7 @@ class ModelConfig:
         """The size of each axis, keyed by its letter in einsum equations. P is the number of learned positions."""
         sizes = dict(V=self.vocab_size, D=self.embed, F=self.mlp, P=self.max_len)
         sizes |= dict(N=self.heads, K=self.kv_heads, H=self.head_dim)
-        if "recurrent" in self.blocks:  # I and J: inputs and outputs of one block of the block-diagonal gates
+        if "recurrent" in self.blocks:  # I and J: numbers of inputs and outputs per block of the block-diagonal gates
             block = self.recurrent // self.heads
             sizes |= dict(W=self.recurrent, C=self.conv, I=block, J=block)
         if self.types:
@@ -163,7 +163,8 @@ class ModelConfig:
         return tuple(w > 0 for w in self.windows or (0,) * self.layers)
 
     def stack(self, path: str) -> list[int]:
-        """Returns the indices of the layers that have a parameter such as "layers/attn/wq", in the order of stacking.
+        """Returns the indices of the layers that have a parameter such as "layers/attn/wq", in the order in which they
+        are stacked.
 
         For example, only layers of the kind "attn" have parameters in "layers/attn". A parameter whose path does not
         contain the name of a kind exists in every layer.

@@ -3,9 +3,9 @@
 The layout "(NH)D->DNH" means that the checkpoint's tensor has shape [N * H, D], and our parameter has shape [D, N, H].
 The same layout is used for reading and writing. It also determines which slice of the file to read for a given slice of
 our parameter. AXES in model/weights.py defines the letters, except P, which stands for learned positions. A digit
-before letters is the number of parameters that the tensor concatenates along this axis. For example, "D(3NH)->DNH"
-describes GPT-2's tensor of queries, keys and values; the key weights are its part 1, the middle third. A "1" stands for
-an axis of size 1 that our parameter lacks.
+before letters means that the tensor is a concatenation of this number of parameters along this axis. For example,
+"D(3NH)->DNH" describes GPT-2's weights for queries, keys and values, which are one tensor. The weights for keys are its
+part 1 (counted from 0), the middle third. A "1" stands for an axis of size 1 that our parameter lacks.
 """
 
 import math

@@ -61,7 +61,8 @@ BIASES = {(False, False): "none", (True, False): "attn", (False, True): "mlp", (
 def config(hf: dict, defaults: dict | None = None, **delta: Any) -> ModelConfig:
     """Converts a config.json to a ModelConfig. Raises UserError for a model that is not supported.
 
-    A related model family passes its own `defaults`, and as `delta` the fields of ModelConfig that differ from Llama.
+    A related model family passes its own `defaults`, and passes the ModelConfig fields that differ from Llama as
+    `delta`.
     """
     hf = DEFAULTS | (defaults or {}) | hf
     refuse(hf)

@@ -54,7 +54,7 @@ def config(hf: dict) -> ModelConfig:
         **llama.read_fields(hf, FIELDS),
         kv_heads=hf.get("num_key_value_heads") or heads,
         head_dim=embed // heads,
-        mlp=hf["intermediate_size"] // 2,  # intermediate_size counts gate and up together
+        mlp=hf["intermediate_size"] // 2,  # intermediate_size is the sum of the sizes of gate and up
         act=llama.act(hf.get("hidden_activation", "gelu_pytorch_tanh")),
         rotary=llama.rotary(hf, 0.5),
         rope_theta=theta,

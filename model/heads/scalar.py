@@ -1,4 +1,5 @@
-"""A head with one output per token. A reward model reads it at the last token, and a critic reads it as state values.
+"""A head with one output per token. In a reward model, the output at the last token is the reward. In a critic, the
+outputs are the state values.
 
 The head has no bias, because only differences between rewards matter. Hugging Face sequence classifiers have none
 either.

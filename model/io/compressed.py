@@ -2,8 +2,8 @@
 
 The weight [N, K] of a Linear module is stored as codes and scales. The scales are in the tensor `weight_scale`. The
 codes are either in the tensor `weight` (int8 or e4m3), or packed in `weight_packed`, where `weight_shape` has their
-original shape. Each int32 in `weight_packed` contains several consecutive codes of a row. Half of their range has been
-added to these codes to make them nonnegative.
+original shape. Each int32 in `weight_packed` contains several consecutive codes of a row. To make these codes
+nonnegative, half of their range is added to them: 8 for 4-bit codes, and 128 for 8-bit codes.
 """
 
 import re
@@ -101,7 +101,7 @@ def _scheme(path: str, leaf: Quantized, key: Key) -> dict:
 
 
 def weights_only(params: Params) -> Params:
-    """Returns `params` without the quantization of activations, which `read` does not restore."""
+    """Returns `params` with unquantized activations, because `read` does not restore how activations are quantized."""
     float_inputs = lambda w: w.replace(activations=False) if isinstance(w, Int8) else w
     return jax.tree.map(float_inputs, params, is_leaf=weights.is_weight)
 
@@ -109,7 +109,7 @@ def weights_only(params: Params) -> Params:
 def tensors(leaf: Quantized, key: Key, layers: Iterable[int]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (name, array) for each tensor that stores the quantized weight `leaf`, for all its `layers`.
 
-    The function `config` must have accepted this weight.
+    Call `config` first, which raises an error if the format cannot represent the weight.
     """
     kind = _scheme("", leaf, key)
     for at, layer in enumerate(layers) if "{}" in key.name else [(None, None)]:

@@ -102,8 +102,8 @@ class File:
         if "rope_freqs.weight" in self.tensors:
             factors = self.read("rope_freqs.weight", (slice(None),))
             return llama3_scaling(factors, theta, head_dim, str(self.path))
-        # As in llama.cpp: older files may have the key rope.scale_linear, and if a factor has no type, the scaling is
-        # linear.
+        # As in llama.cpp, older files may have the key rope.scale_linear. If a file has a factor but no type, the
+        # scaling is linear.
         factor = self._get("rope.scaling.factor", None) or self._get("rope.scale_linear", None) or 1.0
         kind = self._get("rope.scaling.type", "none" if factor == 1.0 else "linear")
         original = self._get("rope.scaling.original_context_length", None)
@@ -155,7 +155,7 @@ class File:
         return self.architecture == "gpt2" and name.endswith(TRANSPOSED)
 
     def _unpermuted(self, name: str, x: np.ndarray) -> np.ndarray:
-        """Reorders the rows of a query or key matrix x, which are dimensions of heads, to the order of Hugging Face.
+        """Reorders the rows of a query or key matrix x as in Hugging Face models. Each row is one dimension of a head.
 
         Files of the architecture "llama" interleave the two halves of each head, because llama.cpp rotates pairs of
         adjacent dimensions.
@@ -209,7 +209,7 @@ def inside(folder: Path) -> Path | None:
 
 
 def parts(path: Path) -> list[Path]:
-    """Given the path of one file of a model that gguf-split has split, returns the paths of all its files.
+    """Returns the paths of all files of a model that was split by gguf-split, given the path of one of them.
 
     If the model is not split, returns only the given path. Raises UserError if files are missing.
     """
@@ -223,13 +223,14 @@ def parts(path: Path) -> list[Path]:
 
 
 def llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, where: str) -> dict | None:
-    """Reconstructs the parameters of a `llama3` rope scaling from `factors`, which divide the frequencies [H/2].
+    """Reconstructs the parameters of a `llama3` rope scaling from `factors` [H/2], by which the frequencies are
+    divided.
 
-    A GGUF file only stores these divisors. The largest divisor is the parameter `factor`. In between the frequencies
-    that are unchanged and those divided by the full `factor`, each divisor determines an interpolation weight,
-    `smooth`, which is a linear function of the frequency. The slope and offset of this function determine the other
-    parameters up to a common scale, so low_freq_factor is set to 1. Raises UserError if no `llama3` scaling has these
-    factors.
+    A GGUF file only stores these divisors. The largest divisor is the parameter `factor`. High frequencies are
+    unchanged, and low frequencies are divided by `factor`. For each frequency in between, the divisor determines an
+    interpolation weight, `smooth`. The weight is a linear function of the frequency. The slope and offset of this
+    function determine the other parameters up to a common scale, so low_freq_factor is set to 1. Raises UserError if no
+    `llama3` scaling has these factors.
     """
     if (factors == 1).all():
         return None

@@ -55,7 +55,7 @@ PART = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 CONVERT = (
     "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{0}').save_pretrained('{0}')\""
 )
-# Prefixes of tensor names: of a transformer without a head, of a causal model, and of the text part of a multimodal
+# Possible prefixes of tensor names in a transformer without a head, a causal model, or the text part of a multimodal
 # model. WRAPPERS lists additional prefixes from torch wrappers such as torch.compile.
 BODIES = (
     "model.", "transformer.", "", "language_model.model.", "model.language_model.", "model.text_model.",

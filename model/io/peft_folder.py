@@ -46,7 +46,7 @@ IRRELEVANT = {
     "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
     "tokenizer_kwargs",
 }  # fmt: skip
-REFUSED = {  # raise an error unless the value is in UNSET; modules_to_save only does so for virtual tokens
+REFUSED = {  # fields whose values must be in UNSET; for modules_to_save, this only applies to virtual tokens
     "alora_invocation_tokens", "use_qalora", "layer_replication", "lora_bias", "target_parameters", "use_bdlora",
     "arrow_config", "kasa_config", "coft", "block_share",
     "modules_to_save",
@@ -76,10 +76,10 @@ VALUES: dict[str, Callable[[Any], bool]] = {  # {field: function that returns wh
 BIASES = ("none", "all", "lora_only", "oft_only")
 # Values of init_lora_weights for which PEFT leaves the base weights unchanged when it opens a folder.
 DRAWN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
-STARTS = ("pissa", "olora")  # PEFT changes the base weights, by a product that can be recomputed from them
+STARTS = ("pissa", "olora")  # PEFT subtracts from the base weights a product that can be recomputed from them
 CONVERTED = "save it again with path_initial_model_for_weight_conversion"
 MERGED = "call merge_and_unload() in PEFT, save the model, and open the saved model"
-OTHERS = {  # {prefix of an unsupported value: how to fix the error}
+OTHERS = {  # {prefix of an unsupported value of init_lora_weights: how to fix the error}
     "pissa_niter": CONVERTED, "corda": CONVERTED, "lora_ga": CONVERTED, "loftq": MERGED,
 }  # fmt: skip
 TRAINING = re.compile(r".*\.lora_(velora|monteclora)_.*")  # tensors that only training uses
@@ -109,7 +109,7 @@ class Folder:
         self.unused = sorted(n for n in tensors if self.kind not in VIRTUAL and not self._wanted(n))
         self.tensors = {self._renamed(n): x for n, x in tensors.items() if n not in self.unused}
         vectors = {n: x for n, x in self.tensors.items() if n.endswith(".ia3_l")}
-        # shape [1, in]; scales of outputs are [out, 1]
+        # scales of inputs have the shape [1, in], and scales of outputs have the shape [out, 1]
         self.inputs = {n for n, x in vectors.items() if x.shape[0] == 1}
         self.tensors |= {n: x.reshape(-1) for n, x in vectors.items()}
 
@@ -133,7 +133,7 @@ class Folder:
 
     @property
     def init(self) -> str:
-        """The field init_lora_weights in lower case, which says how the adapters were initialized."""
+        """The value of init_lora_weights in lower case. It says how the adapters were initialized."""
         return str(self.config.get("init_lora_weights", True)).lower()
 
     def _read(self) -> dict[str, np.ndarray]:
@@ -226,7 +226,7 @@ class Folder:
         return float(next(found, self.config.get("lora_alpha") or 8))
 
     def keys(self) -> dict[str, Key]:
-        """Returns KEYS of the first model family that has all the modules that the folder's tensors belong to."""
+        """Returns the KEYS of the first model family that has a module for every tensor in the folder."""
         found = {re.sub(r"\.\d+\.", ".{}.", n).removeprefix(ROOT) for n in self.tensors if n.startswith(ROOT)}
         for keys in (family(name).KEYS for name in families()):
             known = tuple(k.name.removesuffix("weight") for k in keys.values() if k.name.endswith(".weight"))

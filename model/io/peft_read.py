@@ -29,7 +29,7 @@ from model.peft.prompt import Prompt
 from model.weights import Params, Spec, Specs, Transform, Weight
 
 Stored = Array | Weight  # a parameter, with or without adapters
-HEAD = "BTD,VD->BTV"  # the einsum equation of a tied embedding table in its use as the output head
+HEAD = "BTD,VD->BTV"  # the einsum equation of a tied embedding table when it is used as the output head
 
 
 def read(path: str | Path, strict: bool = False) -> Transform:
@@ -154,9 +154,10 @@ def _tied_table(folder: Folder, keys: dict, sizes: dict, specs: Specs, base: Sto
 
 
 def _change(base: Stored, copy: np.ndarray, spec: Spec, use: str) -> LoRA:
-    """Returns a table [V, D] that equals `copy` when used as `use` ("lookup" or "head"), and `base` otherwise.
+    """Returns a table [V, D] with the values of `copy` for `use` ("lookup" or "head"), and with those of `base` for the
+    other use.
 
-    A full-rank LoRA adds the difference for this use.
+    A full-rank LoRA, which is active only in this use, adds the difference.
     """
     change, one = copy - weights.dense_of(weights.base(base), spec), jnp.eye(copy.shape[1])
     a, b = (one, change.T) if use == "head" else (change, one)
@@ -172,7 +173,7 @@ def _tied(folder: Folder, keys: dict) -> bool:
 
 
 def groups(key: Key, eqn: str) -> tuple[str, str]:
-    """Returns the letters of a checkpoint matrix as (contracted axis, output axis).
+    """Returns the letters for the two axes of a checkpoint matrix, as (contracted axis, output axis).
 
     For example, they are ("D", "NH") for a query matrix and ("D", "3NH") for a fused qkv matrix.
     """
@@ -195,7 +196,8 @@ def _names(key: Key, spec: Spec, suffix: str) -> list[str]:
 
 
 def _read(folder: Folder, key: Key, sizes: dict, names: list[str], wild: str = "") -> list[np.ndarray | None]:
-    """Reads one tensor per layer, in our layout; None for layers that lack it. The axis `wild` may have any size."""
+    """Reads one tensor per layer, and converts it to our layout. Returns None for layers that lack the tensor. The axis
+    `wild` may have any size."""
     axes, ours = layout.parse(key.layout)
     shape = tuple(None if a == wild else n for a, n in zip(axes, layout.shape(key, sizes | {wild: 1})))
     found = [folder.get(name, shape) for name in names]
@@ -209,7 +211,8 @@ def _stack(found: list[np.ndarray], spec: Spec) -> jax.Array:
 
 
 def _vectors(folder: Folder, key: Key, sizes: dict, spec: Spec, suffix: str, group: str) -> jax.Array | None:
-    """Reads one vector per layer and stacks the vectors. `group` is the letters of the axes that a vector merges.
+    """Reads one vector per layer and stacks the vectors. `group` contains the letters of the axes that are merged in a
+    vector.
 
     A layer that lacks the vector gets a vector of ones. Returns None if no layer has a vector.
     """

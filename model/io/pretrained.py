@@ -164,7 +164,7 @@ class Pretrained:
         return sorted(set(extra) - set(ours))
 
     def _counts(self, name: str, modules: set[str]) -> bool:
-        """Returns whether an unused tensor is an error. It is one if it is a weight or bias in the model's layers."""
+        """Returns whether an unused tensor is an error because it is a weight or bias in the model's layers."""
         module, _, last = name.rpartition(".")
         layer = IN_LAYER.fullmatch(name)
         inside = layer and int(layer[1]) < self.config.layers and name.startswith(self.source.body)

@@ -109,14 +109,15 @@ def digests(arrays: Leaves) -> dict[str, str]:
 
 
 def fingerprint(tree: Tree) -> str:
-    """Returns one hash of a tree's names and arrays, without derived fields; "" for a tree without arrays."""
+    """Returns one hash of the names and arrays in a tree, or "" if there are no arrays. Derived fields are left out."""
     hashes = digests(named(weights.underived(tree)))
     lines = json.dumps(hashes, sort_keys=True).encode()
     return hashlib.blake2b(lines, digest_size=8).hexdigest() if hashes else ""
 
 
 def fingerprints(frozen: dict[str, Params]) -> dict[str, str]:
-    """Returns {role: fingerprint} for {role: tree of frozen parameters}. Roles without arrays are left out."""
+    """Returns {role: fingerprint} for {role: tree of frozen parameters}, where a role is "policy", for example. Roles
+    without arrays are left out."""
     return {role: digest for role, tree in frozen.items() if (digest := fingerprint(tree))}
 
 
@@ -228,8 +229,8 @@ def steps(folder: Place) -> list[int]:
     """Returns the steps of all checkpoints that appear complete, newest first.
 
     On disk, a checkpoint's folder is renamed to its step once the checkpoint is complete. An object store cannot rename
-    folders; there, only complete checkpoints have a manifest. To make sure that a checkpoint is complete, call
-    `read_manifest` and `verify`.
+    folders, so there, a checkpoint appears complete if it has a manifest. To make sure that a checkpoint is complete,
+    call `read_manifest` and `verify`.
     """
     if not folder.is_dir():
         return []
@@ -240,9 +241,9 @@ def steps(folder: Place) -> list[int]:
 def read(folder: Place, abstract: Leaves) -> Leaves:
     """Reads the arrays whose names are the keys of `abstract`. Raises Damaged if an array cannot be read.
 
-    Does not check the digests; use `verify` for this. Where `abstract` has a numpy array, so has the result. Where
-    `abstract` has a shape or a JAX array, the result is a JAX array with the same sharding, even if the array was saved
-    with another sharding.
+    Does not check the digests; use `verify` for this. Where `abstract` contains a numpy array, the result contains one
+    too. Where `abstract` contains a shape or a JAX array, the result is a JAX array with the same sharding, even if the
+    array was saved with another sharding.
     """
     ocp = orbax()
     context = ocp.Context()

@@ -24,7 +24,7 @@ class Context(NamedTuple):
     age: Array  # [B,T] number of earlier tokens in the token's document; -1 for padding
     positions: Array  # [B,S] position of each key within its document
     segments: Array  # [B,S] document number of each key
-    index: Array  # cache column that the first token is written to
+    index: Array  # cache column to which the first token is written
     see: Array  # [B,T,S] bool: the attention mask of layers without a sliding window
     # [B,T,S] bool: the attention mask of layers with a sliding window; None if no layer has one
     see_window: Array | None
@@ -75,7 +75,8 @@ def _llama3(freq: Array, factor: float, scaling: dict) -> Array:
 
 
 def _yarn(freq: Array, factor: float, scaling: dict, config: ModelConfig) -> tuple[Array, float]:
-    """Returns (frequencies, factor for cos and sin) of YaRN (eq. 23 of its paper). The factor scales the logits."""
+    """Returns (frequencies, factor for cos and sin) of YaRN (eq. 23 of its paper). Multiplying cos and sin by the
+    factor scales the attention logits."""
     dim = config.head_dim
     original = scaling.get("original_max_position_embeddings") or config.max_len
     factor = factor or config.max_len / original
@@ -110,8 +111,8 @@ def rope_angles(config: ModelConfig, positions: Array) -> Angles:
 def rotate(x: Array, angles: Angles) -> Array:
     """Applies rotary position embeddings (RoPE) to x [B,T,N,H].
 
-    Only the first 2 n dimensions of each head are rotated. As in Hugging Face models, dimensions i and i + n form a
-    pair.
+    With n angles per token, only the first 2 n dimensions of each head are rotated. As in Hugging Face models,
+    dimensions i and i + n form a pair.
     """
     cos, sin = angles
     n = cos.shape[-1]
@@ -126,8 +127,8 @@ def mask(
 
     A query attends to the keys of its own document. If `causal`, it does not attend to later keys. If `window` is not
     None, it only attends to keys less than `window` positions away. Positions and segments (document numbers) are [B,T]
-    for queries and [B,S] for keys. Segment 0 is padding, whose keys are masked. Segment -1 is virtual tokens, which
-    belong to every document.
+    for queries and [B,S] for keys. Segment 0 marks padding, whose keys are masked. Segment -1 marks virtual tokens,
+    which belong to every document.
     """
     distance = q_pos[:, :, None] - k_pos[:, None, :]
     see = (q_seg[:, :, None] == k_seg[:, None, :]) & (k_seg[:, None, :] > 0)

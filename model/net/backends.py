@@ -1,9 +1,9 @@
 """Chooses how attention is computed: with einsums, with ring attention, or with the accelerator vendor's kernel.
 
 All backends compute the same function as `model.net.attention.attention`. The vendors' kernels apply causal masks and
-windows to the order of tokens in a row, not to their positions. So positions must increase within each document, as
-they do in training rows. Einsums are used for decoding with a cache, and for batches that the mesh does not divide
-evenly.
+windows according to the order of tokens in a row, not according to their positions. So positions must increase within
+each document, as they do in training rows. Einsums are used for decoding with a cache, and for batches that cannot be
+divided evenly over the mesh.
 """
 
 import math
@@ -86,7 +86,7 @@ def attend(q: Array, k: Array, v: Array, context: Context) -> Array:
 def _splash_of_layer(q: Array, k: Array, v: Array, context: Context, window: int) -> Array:
     """Runs `splash` with the window of the current layer.
 
-    If only some layers have a window, `jax.lax.cond` chooses between a kernel with and a kernel without it.
+    If only some layers have a window, `jax.lax.cond` chooses between a kernel with a window and a kernel without one.
     """
 
     def seeing(window: int) -> Callable[[], Array]:
@@ -130,7 +130,7 @@ def splash(q: Array, k: Array, v: Array, segments: Array, window: int = 0, causa
 
     if mesh.empty:
         return run(kernel, q, k, v, segments, segments).swapaxes(1, 2)
-    if k.shape[1] % tensor:  # repeat key heads so that the mesh axis "tensor" divides their number
+    if k.shape[1] % tensor:  # repeat key heads so that the size of the mesh axis "tensor" divides their number
         k, v = (jnp.repeat(x, tensor // math.gcd(tensor, k.shape[1]), axis=1) for x in (k, v))
     mask_spec = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, "context")))
     queries, keys = P(ROWS, "tensor", "context"), P(ROWS, "tensor")

@@ -25,8 +25,8 @@ T = TypeVar("T")
 ROWS = ("data", "fsdp", "context")  # mesh axes that shard the rows
 
 # Maximum bytes per chunk of float32 logits on one shard, by platform. On a CPU, a chunk has 341 rows if the vocabulary
-# has 49152 tokens. Each chunk reads the head's whole weight matrix and updates the whole gradient of this matrix. An
-# accelerator computes faster than it reads memory, so its chunks need thousands of rows.
+# has 49152 tokens. For each chunk, the head's whole weight matrix is read, and the whole gradient of this matrix is
+# updated. An accelerator computes faster than it reads memory, so its chunks need thousands of rows.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "other": 512 * 2**20}
 
 # (parameters of the head, hidden states x [B,T,D]) -> float32 logits [B,T,V]
@@ -95,10 +95,11 @@ def kl(of: Side, to: Side, mask: Array, temperature: float = 1.0) -> Array:
 def over_rows(f: Callable[..., Tree], sides: Sequence[Side], mask: Array, *extra: Array) -> Tree:
     """Returns `f(logits, ..., *extra)` [B,T] where `mask` is not 0, and 0 where it is 0.
 
-    `f` is called on R rows at a time: with the logits [R,V] of each model in `sides`, and the same rows [R,...] of each
-    array [B,T,...] in `extra`. It must compute each row independently, and return an array [R] or a tree of such
-    arrays. The result is differentiable with respect to the parameters of the heads, the hidden states and `extra`. The
-    backward pass recomputes the logits.
+    Each item of `sides` is (a model, its parameters, its hidden states). `f` is called on R rows at a time. Its
+    arguments are the logits [R,V] of each of these models, and the same rows [R,...] of each array [B,T,...] in
+    `extra`. `f` must compute each row independently, and return an array [R] or a tree of such arrays. The result is
+    differentiable with respect to the parameters of the heads, the hidden states and `extra`. The backward pass
+    recomputes the logits.
     """
     unembeds, trees = zip(*(model.head(params) for model, params, _ in sides))
     (*rows, mask), undo = _count_first(mask, *(x for *_, x in sides), *extra)
@@ -148,7 +149,7 @@ def _count_first(mask: Array, *arrays: Array) -> tuple[tuple[Array, ...], Callab
 
 
 def _copies(tree: Tree, shards: int) -> Tree:
-    """Repeats each array once per shard of the rows, as an array [S, ...].
+    """Makes one copy of each array for each of the S shards of the rows, and stacks the copies in an array [S, ...].
 
     Without these copies, XLA's partitioner would gather the head's weight and reduce its gradient over devices once per
     chunk, instead of once in total.
@@ -166,7 +167,7 @@ def _copies(tree: Tree, shards: int) -> Tree:
 def _sent(tree: Tree, x: Array) -> Tree:
     """Repeats the parameters of a head for every shard of x [S,R,D].
 
-    If the dtype of x is narrower, plain arrays are cast to it first.
+    Plain arrays whose dtype is wider than that of x are cast to the dtype of x first.
     """
 
     def narrow(w: Array | Weight) -> Array | Weight:
@@ -284,7 +285,7 @@ _nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
 def _by_perturbed(tree: Tree) -> tuple[Tree, Tree]:
     """Splits a tree into (arrays that are differentiated, all other arrays).
 
-    Each result has the structure of `tree`, with None in place of the arrays that are in the other one.
+    Each result has the structure of `tree`, with None in place of the arrays that are in the other result.
     """
 
     def primal(p: object) -> bool:

@@ -38,7 +38,7 @@ class Cache(NamedTuple):
     """
 
     index: Array  # []
-    layers: Tree  # a tuple with one cache per layer; if layers are stacked, one stack or {kind: stack}
+    layers: Tree  # a tuple with one cache per layer; if layers are stacked, one stacked cache or {kind: stacked cache}
     positions: Array  # [B,S] position of the token in each column
     segments: Array  # [B,S] document number of the token in each column; 0 for padding and empty columns
 
@@ -70,15 +70,17 @@ def read(cache: Array | Coded, dtype: DTypeLike) -> Array:
 def insert(cache: Cache, part: Cache, rows: Array, sources: Array, count: Array | int) -> Cache:
     """Replaces row rows[i] of `cache` by row sources[i] of `part`, for each i < count.
 
-    `cache` is a ring buffer. A new row is placed so that its last token is in the column before `cache.index`, and its
-    next token will follow directly. No row of `part` may span more columns than `cache` has.
+    `cache` is a ring buffer. A new row is placed so that its last token is in the column before `cache.index`. Its next
+    token, which will be written to column `cache.index`, then follows directly. No row of `part` may span more columns
+    than `cache` has.
     """
     width, room = part.positions.shape[1], cache.positions.shape[1]
     number = len(part.positions)
     ends = jnp.where(part.segments != 0, jnp.arange(1, width + 1), 0).max(1)
 
     def placed(x: Array, end: Array) -> Array:
-        """Places a row of W columns in the S columns of the ring buffer. It ends before column `cache.index`."""
+        """Places a row of W columns in the S columns of the ring buffer. The row ends just before column
+        `cache.index`."""
         x = jnp.roll(x, -end, axis=1)[:, -room:]
         x = jnp.pad(x, ((0, 0), (room - x.shape[1], 0), *((0, 0),) * (x.ndim - 2)))
         return jnp.roll(x, cache.index, axis=1)
