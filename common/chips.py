@@ -27,7 +27,7 @@ class Chip(NamedTuple):
     ici_bandwidth: Number  # bytes/s per direction, summed over all interconnect links of the chip
     usd_hour: Number | None  # USD per chip-hour, on demand
     usd_hour_spot: Number | None
-    watts: Number  # average power of the chip; includes a share of the host's power if the source does
+    watts: Number  # average power of the chip; if the source's figure includes part of the host's power, so does this
     cci: Number | None  # compute carbon intensity, gCO2e per 1e18 utilized FLOPs (Schneider et al. 2025)
     dcn_bandwidth: Number | None = None  # bytes/s per chip over the network between slices
 

@@ -95,14 +95,14 @@ def table(
 
 
 def keep_console() -> None:
-    """Keeps a command from failing because its output cannot be printed. If a pipe is closed or a disk is full, the
+    """Prevents a command from failing when its output cannot be printed. If a pipe is closed or a disk is full, the
     output is discarded. Characters that the terminal's encoding cannot represent are escaped."""
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:  # otherwise the next file to be opened would get the number of this closed descriptor
             os.open(os.devnull, os.O_RDWR)
-    if sys.stdout is sys.__stdout__:  # a replaced sys.stdout means that the caller captures the output
+    if sys.stdout is sys.__stdout__:  # if they differ, the caller captures the output
         sys.stdout = _kept(sys.stdout, 1)
     if sys.stderr is sys.__stderr__:
         sys.stderr = _kept(sys.stderr, 2)

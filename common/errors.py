@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 
 P, R = ParamSpec("P"), TypeVar("R")
 warn = logging.getLogger("kungfu").warning  # prints only the message; logging.warning adds "WARNING:root:"
-LONGEST = 1000  # maximum characters per part of a message; names and values may come from malicious files
+LONGEST = 1000  # maximum characters of `what`, `where` and `fix`, which may contain text from malicious files
 
 
 class UserError(ValueError):

@@ -9,15 +9,15 @@ from common.numbers import percent, short
 from common.types import Json
 
 REPLAYED = ("data", "step")  # kinds of work that are done again when a restart repeats steps
-COVERED = 0.9  # fraction of a session that power samples must cover; otherwise its energy is only estimated
+COVERED = 0.9  # if power samples cover less than this fraction of a session, its energy is only estimated
 
 
 class Session(NamedTuple):
     """One launch of a run."""
 
     devices: Json
-    spent: dict[str, float]  # all seconds of the launch, by kind of work
-    kept: dict[str, float]  # seconds by kind of work, up to the last step that no restart repeated
+    spent: dict[str, float]  # seconds per kind of work, such as "step", over the whole launch
+    kept: dict[str, float]  # the same, but only up to the last step that no later launch repeated
     joules: dict[str, list[float]]  # see train.keep.power
 
 
@@ -31,8 +31,8 @@ class Range(NamedTuple):
 
 
 class Gas(NamedTuple):
-    """The resources used by sessions (launches) or runs. Unknown values are None, such as the price of a chip that
-    chips.json does not list."""
+    """The resources used by one or more runs, or by one or more launches of a run (sessions). Unknown values are None,
+    such as the price of a chip that chips.json does not list."""
 
     chips: tuple[str, ...] = ()  # names in chips.json; for other chips, jax's device_kind
     flops: float | None = None  # training FLOPs, counted from einsum equations; excludes repeated steps and evaluations
@@ -49,8 +49,8 @@ class Gas(NamedTuple):
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs divided by the FLOPs at peak rate over all chip-hours, which include compilation and idle
-        time."""
+        """Model FLOPs divided by the FLOPs that the chips could have computed at their peak rate from launch to end,
+        including compilation and idle time."""
         return self.flops / self.peak if self.flops is not None and self.peak else None
 
     @property
@@ -86,13 +86,13 @@ def sessions(lines: Iterable[dict]) -> list[Session]:
     """Reads the launches of a run from the lines of its metrics.jsonl.
 
     Each launch begins with a "session" event, which also contains the totals of the previous launch. The seconds in
-    each line are totals since the launch. A restart removes the lines of the steps that it repeats, so the last
-    remaining line has the total for the steps that were not repeated.
+    each line are totals since the launch. When a restart repeats steps, the old lines of these steps are removed. The
+    last remaining line of a launch therefore has the total for the steps that were not repeated.
     """
     found, now = [], Session({}, {}, {}, {})
     for line in lines:
         if line.get("kind") == "task":
-            continue  # the seconds in a line of kind "task" cover only one evaluation
+            continue  # its seconds are not totals: they cover only one evaluation
         spent, joules = line.get("seconds") or {}, line.get("joules") or {}
         if line.get("event") == "session":
             if spent:
@@ -147,7 +147,7 @@ def _of_session(s: Session, devices: Json, name: str) -> Gas:
 
 def _measured(s: Session, devices: Json) -> float | None:
     """The joules that all devices used in a session, extrapolated from power samples on the first host. Returns None if
-    the samples cover less than the fraction COVERED of the session's time."""
+    the fraction of the session's time that the samples cover is below COVERED."""
     host, wall = devices.get("kind") == "cpu", sum(s.spent.values())
     joules, covered = s.joules.get("cpu" if host else "gpu", (0.0, 0.0))
     if covered < COVERED * wall or not covered or (host and devices.get("processes") != 1):
@@ -156,7 +156,7 @@ def _measured(s: Session, devices: Json) -> float | None:
 
 
 def total(parts: Iterable[Gas]) -> Gas:
-    """Adds up the resources of sessions or runs. A total is None if the value is unknown for any of them."""
+    """Adds up the resources of several sessions or runs. If a value is unknown for any of them, its total is None."""
     parts = list(parts)
     return Gas(*map(_sum, zip(*parts, strict=True))) if parts else Gas()
 

@@ -19,7 +19,7 @@ OLDER = dict.fromkeys(
     (b"lmgg", b"fmgg", b"tjgg", b"algg"), "an old GGML file: convert it to GGUF with the tools of llama.cpp"
 )
 OTHERS = {1: "version 1 of the format: convert the model again", 3 << 24: "stored in big-endian order"}
-MAX_ITEMS = 1 << 24  # more tokens than any vocabulary has; a larger count means that the file is corrupt
+MAX_ITEMS = 1 << 24  # no vocabulary has this many tokens; a list with more items means that the file is corrupt
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,8 +41,8 @@ class Queue(Protocol[R]):
         """Whether a running command should be stopped before it has finished."""
 
     def close(self, job: R, hopeless: bool) -> None:
-        """Records that the process of `job` has ended. `hopeless` is True if the job was stopped early because the
-        method of this name returned True."""
+        """Records that the process of `job` has ended. The argument `hopeless` is True if the job was stopped early
+        because the method `hopeless` returned True for it."""
 
 
 class Stage(NamedTuple):
@@ -52,7 +52,7 @@ class Stage(NamedTuple):
     title: str
     argv: list[str]  # python -m ...
     share: Callable[[], float]
-    seconds: float  # expected duration, which sets the stage's share of the progress bar
+    seconds: float  # expected duration; sets how much of the progress bar the stage fills
 
 
 def start(argv: Sequence[str], log: Path, **options: Any) -> subprocess.Popen:
@@ -150,7 +150,8 @@ class _Stages:
             self.at += 1
         if not self.left():
             return None
-        own = os.environ | {PARENT: str(os.getpid())}  # otherwise a child that outlives us keeps its run folder locked
+        # If this process is killed, so is the child: otherwise, the child would keep its run folder locked.
+        own = os.environ | {PARENT: str(os.getpid())}
         return _Job(start(self.stages[self.at].argv, self.log(), env=own))
 
     def left(self) -> bool:

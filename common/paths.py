@@ -50,7 +50,8 @@ def store() -> "AbstractFileSystem":
 
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     try:
-        return fsspec.filesystem("gcs", finalize_on_close=True)  # as etils calls it, so both share one instance
+        # etils uses the same arguments, so fsspec returns the same instance to both.
+        return fsspec.filesystem("gcs", finalize_on_close=True)
     except ImportError as e:
         raise UserError(f"not installed: {e}", STORE, "pip install -r requirements/cloud.txt") from e
 

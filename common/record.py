@@ -15,7 +15,7 @@ def read(path: str | Path) -> list[Json]:
 
 def _sound(line: Json) -> bool:
     seconds, joules, devices = (line.get(name, {}) for name in ("seconds", "joules", "devices"))
-    if line.get("kind") == "task" and _number(seconds):  # a number here, not a dict: the seconds of one evaluation
+    if line.get("kind") == "task" and _number(seconds):  # the seconds of one evaluation, not a dict
         seconds = {}
     return (
         type(line.get("step")) is int

@@ -53,7 +53,7 @@ def _several(tree: Any) -> bool:
 
 
 def _parts(value: Any) -> list[Any]:
-    """The sub-patterns in the arguments of a node of a parsed pattern."""
+    """The sub-patterns of a node in a parsed pattern, given the node's arguments."""
     if isinstance(value, parser.SubPattern):
         return [value]
     return [part for item in value for part in _parts(item)] if isinstance(value, tuple | list) else []

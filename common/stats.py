@@ -20,7 +20,7 @@ def of_scores(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def wilson(p: float, n: int) -> tuple[float, float]:
-    """Wilson's interval if a fraction `p` of `n` answers was right."""
+    """Wilson's 95 % interval for the true fraction of right answers, if a fraction `p` of `n` answers was right."""
     center, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     return max(0.0, (center - half) / (1 + Z**2 / n)), min(1.0, (center + half) / (1 + Z**2 / n))
 

@@ -14,8 +14,8 @@ from ml_collections.config_dict import placeholder
 
 
 def one_of(default: str, *_: str) -> str:
-    """Returns the default. The arguments are all allowed values of the key; configs/schema/keys.py reads them from this
-    file's source."""
+    """Returns the default. The arguments, of which the default is the first, are the allowed values of the key.
+    configs/schema/keys.py reads them from this file's source."""
     return default
 
 
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     c.accum = 1  # micro-batches per step (gradient accumulation); more of them use less memory, with the same result
     c.init = ""  # initial weights: a model or run folder, .gguf file, packaged model or hub id; "": random weights
     c.trainable = "all"  # what to train: "all" (with peft: only the adapters), "adapters" or a regex on parameter paths
-    c.allow = ()  # what may change when a run resumes, even if this changes its result: "data", "config"
+    c.allow = ()  # changes to accept when a run resumes, although its result may change: "data", "config"
 
     c.model = ConfigDict()
     c.model.shape = ""  # name of a model shape in configs/models.py; "": the shape of the model in `init`
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     c.model.vocab_size = placeholder(int)  # vocabulary size; if unset, the tokenizer's, rounded up to a multiple of 64
     c.model.dtype = one_of("float32", "bfloat16", "float16")  # data type of activations
     c.model.param_dtype = one_of("float32", "bfloat16", "float16")  # type of weights; stochastic rounding if 16-bit
-    c.model.remat = one_of("dots", "none", "full")  # backward pass recomputes all (full) or all but matmuls (dots)
+    c.model.remat = one_of("dots", "none", "full")  # backward pass recomputes all but matmuls (dots), or all (full)
     c.model.attention = one_of("auto", "xla", "splash", "cudnn")  # attention kernel; splash needs a TPU, cudnn a GPU
 
     c.objective = ConfigDict({"name": "sft"})  # training objective: a file in train/objectives, with its arguments
@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
     c.data.format = "auto"  # record format: one of FORMATS in data/formats.py, or "auto" to detect it from the columns
     c.data.fields = ""  # columns to rename, as NEW=OLD: "prompt=question,completion=answer"
     c.data.tokenizer = ""  # tokenizer (see data/text/tokenizer.py); "": the tokenizer of `init`, or else bytes
-    c.data.chat_template = ""  # a file, a name in data/text/templates, "none" (raw prompts) or "" (the model's own)
+    c.data.chat_template = ""  # file, or name in data/text/templates;  "none": raw prompts; "": the model's own template
     c.data.read_control = False  # parse control tokens in the data's text; needed if chats are already rendered
     c.data.learn = "all"  # which answers in a chat the loss is computed on: "all" or "last"
     c.data.seq_len = 256  # tokens per row (T)
@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
     c.optim.lr = 3e-4  # peak learning rate
     c.optim.schedule = one_of("cosine", "linear", "constant", "wsd")  # wsd: warm-up, constant learning rate, then decay
     c.optim.warmup = 0.05  # length of the warm-up: below 1 a fraction of the steps, otherwise a number of steps
-    c.optim.decay = 0.2  # for schedule wsd: the fraction of the steps, at the end, over which the learning rate decays
+    c.optim.decay = 0.2  # for wsd: length of the decay at the end of the run, as a fraction of the steps
     c.optim.final_lr = 0.1  # learning rate at the end, as a fraction of the peak
     c.optim.b1 = 0.9  # decay rate of the running mean of the gradient
     c.optim.b2 = 0.95  # decay rate of the running mean of the squared gradient
@@ -82,7 +82,7 @@ def get_config() -> ConfigDict:
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # number of devices that split the batch; -1, allowed on one axis, means all remaining devices
-    c.mesh.fsdp = 1  # number of devices that split the batch, and also shard weights and optimizer state by embed
+    c.mesh.fsdp = 1  # number of devices that split the batch, and shard weights and optimizer state by model width
     c.mesh.tensor = 1  # number of devices that shard heads, MLP and vocabulary; must divide the number of heads
     c.mesh.context = 1  # number of devices that split each row along its tokens, for long rows; must divide seq_len
     c.xla_preset = ""  # name of a set of TPU compiler flags in train/keep/flags.py; "": none
@@ -104,5 +104,5 @@ def get_config() -> ConfigDict:
     c.ckpt.on_error = one_of("stop", "continue")  # what to do if a save fails, for example on a full disk
 
     c.tracker = one_of("", "tensorboard", "wandb")  # experiment tracker that also receives the metrics
-    c.chip = ""  # chip in common/chips.json whose peak FLOP/s and price are used; "": the device's own name
+    c.chip = ""  # chip in common/chips.json, for its peak FLOP/s and price; "": the chip that the device reports
     return c

@@ -29,7 +29,7 @@ Points = Iterable[Point] | Mapping[str, Iterable[Leaf]]
 
 
 def product(*parts: Points) -> list[Point]:
-    """Returns all combinations of one point from each axis. The last axis varies fastest."""
+    """Combines one point from each axis into one point, in all possible ways. The last axis varies fastest."""
     return [_merged(points) for points in itertools.product(*_axes(parts))]
 
 

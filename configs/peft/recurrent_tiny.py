@@ -4,8 +4,8 @@
 
 Hardware: a laptop CPU. Expected: the loss falls below 1 nat per token, and the base weights do not change. LoRA needs
 no special code for recurrent layers: the option `where` matches the matrices of their gates and projections like any
-other matrix. Add --config.peft.name= for full fine-tuning of the same shape, or --config.model.shape=recurrentgemma-2b
---plan to plan a larger model.
+other matrix. For full fine-tuning of the same shape, set --config.peft.name to the empty string. To plan a larger
+model, add --config.model.shape=recurrentgemma-2b --plan.
 """
 
 from configs.sft import tiny

@@ -3,7 +3,7 @@ post-training quantization (PTQ) and QAT at 4 and 2 bits, on the same data.
 
     python -m tools.sweep --config=configs/quant/qat_sweep.py --out=runs/sweeps/qat
 
-PTQ is a run whose rounding starts only after the last step: it is trained in float and evaluated with weights rounded
+In a PTQ run, rounding starts only after the last step: the model is trained in float and evaluated with weights rounded
 to nearest. The recovered fraction is (QAT - PTQ) / (float - PTQ), computed from held-out losses. At 4 bits, each column
 has one scale, which is the coarsest setting. At 2 bits, each group of 64 rows of a column has its own scale.
 

@@ -131,7 +131,7 @@ def resolve(
     """Applies changes such as {"optim.lr": "1e-3"}, fills in the defaults of the methods, and checks the whole config.
 
     Returns the locked config, and a dict of the changes with parsed values. Raises ConfigError, which lists all
-    problems, including those in `found`.
+    problems, including those that the caller has found before (`found`).
     """
     config, changes, problems = copy.deepcopy(config), dict(changes or {}), list(found)
     schema, loose = _schema(config, changes, problems)
@@ -145,10 +145,11 @@ def resolve(
 
 
 def _schema(config: ConfigDict, changes: dict, problems: list[Problem]) -> tuple[dict[str, Key], set[str]]:
-    """Returns the keys of this config, and the groups that name an unknown method. The arguments of an unknown method
-    cannot be checked.
+    """Returns the keys that this config may have, and the groups, such as `peft`, that name an unknown method. The
+    arguments of an unknown method cannot be checked.
 
-    If a change selects another method, arguments that the new method does not take are deleted from the config.
+    If a change selects another method, the old method's arguments that the new method does not take are deleted from
+    the config.
     """
     keys, loose = dict(base_keys()), set()
     for kind, folder in methods.FOLDERS.items():
@@ -177,7 +178,7 @@ def _schema(config: ConfigDict, changes: dict, problems: list[Problem]) -> tuple
 def _apply(
     config: ConfigDict, changes: dict, schema: dict[str, Key], loose: set[str], problems: list[Problem]
 ) -> dict[str, Leaf]:
-    """Applies the changes to the config itself, so fields that refer to a changed field change as well. Returns the
+    """Changes the given config in place, so that fields that refer to a changed field change as well. Returns the
     parsed values."""
     values = {}
     for path, raw in changes.items():
@@ -247,7 +248,7 @@ def _check_leaves(
 
 
 def _inside(path: str, leaves: Iterable[str]) -> bool:
-    """Returns whether the config has a plain value where `path` needs a group."""
+    """Returns whether the config has a plain value, such as a number, in place of a group that contains `path`."""
     parts = path.split(".")
     return any(".".join(parts[:n]) in leaves for n in range(1, len(parts)))
 

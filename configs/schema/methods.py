@@ -38,7 +38,8 @@ def names(folder: str, function: str) -> list[str]:
 
 
 def method(kind: str, name: str) -> Method:
-    """Returns the arguments, batch kind and head of an existing method. `kind` is a key of FOLDERS."""
+    """Returns the arguments of an existing method, and the kind of batch and the head that it needs. `kind` is the
+    config group that names the method, a key of FOLDERS."""
     path = ROOT / FOLDERS[kind] / f"{name}.py"
     make = _find(path, "make")
     assert make, f"{path} has no make"

@@ -1,8 +1,8 @@
 """Parses the command line of a run: `--config=FILE[:ARG] --config.key=value ... --workdir=DIR --flag[=value]`.
 
 `parse_args` returns values as text, and `parse` converts each value to the type of its key. absl's parser is not used,
-because it stops at the first mistake, rejects 1e3 as an integer, cannot parse a tuple, and cannot reset a placeholder
-to none.
+because it stops at the first mistake, rejects 1e3 as an integer, cannot parse a tuple, and cannot set an optional key
+back to none.
 """
 
 import ast
@@ -73,8 +73,8 @@ def parse_args(argv: list[str], flags: Mapping[str, Leaf]) -> Args:
 
 
 def split_arg(config: str) -> tuple[str, str]:
-    """Splits configs/x.py:rank=4 into ("configs/x.py", "rank=4"). If only the checkout has the file, the path in the
-    checkout is returned."""
+    """Splits configs/x.py:rank=4 into ("configs/x.py", "rank=4"). If the file does not exist at this path, but exists
+    in the checkout of Kungfu, its path in the checkout is returned."""
     head, colon, arg = config.partition(".py:")
     path = f"{head}.py" if colon else config
     beside = CHECKOUT / path

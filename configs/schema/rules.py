@@ -222,9 +222,9 @@ def _kinds(c: Mapping, ok: Callable) -> Iterator[tuple[str, str, str]]:
         return
     objective, form = c["objective.name"], c["data.format"]
     kind, given = methods.method("objective", objective).batch, FORMATS[form]
-    kinds = ("", kind, *SCORED) if kind == "lm" else ("", kind)  # "lm" objectives use only the text of scored rows
+    kinds = ("", kind, *SCORED) if kind == "lm" else ("", kind)  # "lm" objectives ignore the scores of rows
     fitting = [name for name, made in FORMATS.items() if made in kinds]
-    if given not in kinds and len(fitting) > 1:  # if only "auto" fits, there is no format to suggest
+    if given not in kinds and len(fitting) > 1:  # otherwise "auto" is the only fitting format
         text = f"makes batches of kind {given!r}, but objective {objective} reads {kind!r}"
         yield "data.format", text, f"one of {', '.join(fitting)}"
     elif c["data.packing"] != "none" and {kind, given} & {"pair", "match", "group", *SCORED}:

@@ -6,8 +6,8 @@
 The file is .csv, .jsonl, .json or .parquet. Its columns are question and answer, or prompt and completion. If your
 columns have other names, rename them with --config.data.fields. A fifth of the rows is the test set, on which `python
 -m evals.main --tasks=rows.csv` scores the model, and a tenth is the validation set (see data/splits.py). Add
---config.init=FOLDER to train another model, or --config.peft.name= --config.optim.lr=3e-5 to fine-tune all weights
-instead of LoRA.
+--config.init=FOLDER to train another model. To fine-tune all weights instead of LoRA, set --config.peft.name to the
+empty string and --config.optim.lr to 3e-5.
 
 Hardware: a laptop CPU, 3 GB of memory; a few minutes for several hundred short rows. Expected: the held-out loss
 ("nll", measured every 20 steps) falls. Run evals.main to measure whether the answers improve.

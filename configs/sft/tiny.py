@@ -3,8 +3,8 @@
     python -m train.main --config=configs/sft/tiny.py --workdir=runs/sft_tiny
 
 Hardware: a laptop CPU. Expected: the loss on the answers approaches 0. The run shows that the code works, but not that
-the model can add, because each held-out question also occurs in training. With digits=3 in `data.source`, few of them
-do.
+the model can add, because each held-out question also occurs in training. With digits=3 in `data.source`, few held-out
+questions occur in training.
 """
 
 from configs import base
