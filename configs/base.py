@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
     c.data.format = "auto"  # record format: one of FORMATS in data/formats.py, or "auto" to detect it from the columns
     c.data.fields = ""  # columns to rename, as NEW=OLD: "prompt=question,completion=answer"
     c.data.tokenizer = ""  # tokenizer (see data/text/tokenizer.py); "": the tokenizer of `init`, or else bytes
-    c.data.chat_template = ""  # file, or name in data/text/templates;  "none": raw prompts; "": the model's own template
+    c.data.chat_template = ""  # file, or name in data/text/templates; "none": raw prompts; "": the model's own template
     c.data.read_control = False  # parse control tokens in the data's text; needed if chats are already rendered
     c.data.learn = "all"  # which answers in a chat the loss is computed on: "all" or "last"
     c.data.seq_len = 256  # tokens per row (T)

@@ -60,11 +60,12 @@ class Dataset:
 
     @property
     def report(self) -> dict:
-        """Counts of what was read: documents, tokens, `learnt` (tokens in the loss), bad rows, `wrapped` (prompts that
-        were put into the chat template), `spelled` (rows whose text contains the name of a control token), answers, and
-        `ended` (answers that end with an end token). The report also has `causes` {reason: (number of bad rows, the
-        first of these rows)}, `unused` {column: number of rows that have it}, `notes` {remark: number of rows}, and
-        `system` (the first two different system prompts found, where "" means no system prompt)."""
+        """A summary of what was read. Its counts are documents, tokens, `learnt` (tokens that count in the loss), bad
+        rows, `wrapped` (prompts that were put into the chat template), `spelled` (rows whose text contains the name of
+        a control token), answers, and `ended` (answers that end with an end token). It also has `causes` {reason:
+        (number of bad rows, the first of these rows)}, `unused` {column: number of rows that have it}, `notes` {remark:
+        number of rows}, and `system` (the first two different system prompts found, where "" means no system
+        prompt)."""
         return self.stored.index["report"]
 
     @cached_property
@@ -231,7 +232,7 @@ def _documents(
                 documents = found.documents(tokenizer, ids, asked)
                 if not all(map(_learnt, documents)):
                     raise UserError("no token counts in the loss")
-            except TemplateLimit:  # all following rows would hit the same limit
+            except TemplateLimit:  # the template would exceed its limits for all following rows too
                 raise
             except Exception as error:
                 _bad(report, row.where, _reason(error))

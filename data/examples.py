@@ -1,5 +1,5 @@
-"""Classes of training examples, which are made from records. An example lists its texts, which are then tokenized, and
-builds documents from the resulting token ids."""
+"""Classes of training examples, which are made from records. The method `texts` of an example lists the texts that must
+be tokenized, and `documents` builds documents from the resulting token ids."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ class Example:
         return (self,)
 
     def each(self, change: Callable[["Example"], "Example"]) -> "Example":
-        """A copy of this example with `change` applied to each part."""
+        """A copy of this example in which `change` has been applied to each example in `parts()`."""
         return change(self)
 
     def plain(self) -> str:
@@ -45,7 +45,7 @@ class Example:
     def documents(
         self, tokenizer: Tokenizer, encoded: Iterator[list[int]], asked: Asked | None = None
     ) -> list[Document]:
-        """Builds one document for each part of the example. `encoded` yields the token ids of each text in `texts()`.
+        """Builds one document for each example in `parts()`. `encoded` yields the token ids of each text in `texts()`.
         Raises UserError for a chat that the chat template cannot render."""
         raise NotImplementedError
 
@@ -99,7 +99,8 @@ class Completion(Example):
 
 @dataclass(frozen=True)
 class Chat(Example):
-    """A chat. The assistant's messages count in the loss, from the message at index `first` on."""
+    """A chat, of which only the assistant's messages count in the loss. Messages before the index `first` never
+    count."""
 
     messages: chat.Messages
     first: int = 0
@@ -149,7 +150,7 @@ class Parts(Example):
     """An example that consists of other examples. Its documents may have numeric columns."""
 
     def columns(self) -> tuple[dict[str, float], ...]:
-        """Returns, for each part, the numeric columns of its document."""
+        """Returns the numeric columns of each document, as one dict per example in `parts()`."""
         return ({},) * len(self.sides)
 
     def plain(self) -> str:

@@ -290,7 +290,7 @@ def _common_messages(
     of both answers, or in both places.
 
     If the prompt in the column differs from the beginning of the answers, the beginning of the answers is used as the
-    prompt, as in TRL. A system prompt that only the column contains is kept.
+    prompt, as in TRL. A system prompt is kept even if only the column contains it.
     """
     size = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     inside = chosen[:size]

@@ -18,19 +18,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Side = dict[str, np.ndarray]  # an lm batch; on devices, its arrays are jax arrays instead of numpy arrays
+Side = dict[str, np.ndarray]  # an lm batch (see above); its arrays become jax arrays when they are moved to devices
 Batch = dict[str, Any]  # a Side, or {name: Side}
 TOKENS = {"tokens": np.int32, "targets": np.int32, "mask": np.float32, "segments": np.int32, "positions": np.int32}
 COLUMNS = {"label": np.int32, "rank": np.int32, "rating": np.float32, "group": np.int32, "reward": np.float32}
 COLUMNS |= {"margin": np.float32, "tie": np.int32}  # columns of pairs
-ONE = "row"  # name of the only side of a batch that is itself an lm batch
+ONE = "row"  # side name that stands for the whole batch, if the batch is itself an lm batch
 ANSWERS = 4  # assumed number of answers per group, until the data are known
 
 
 class Kind(NamedTuple):
     sides: tuple[str, ...] = (ONE,)
-    floats: tuple[str, ...] = ()  # names of float32 arrays [B, T] that the kind has in addition to TOKENS
-    columns: tuple[str, ...] = ()  # names of the columns [B] that the kind has; COLUMNS gives their dtypes
+    floats: tuple[str, ...] = ()  # names of the float32 arrays [B, T] that these batches have besides TOKENS
+    columns: tuple[str, ...] = ()  # names of their columns [B] (one number per row); COLUMNS has the dtypes
 
 
 def answers(k: int) -> tuple[str, ...]:
@@ -59,18 +59,18 @@ class Spec:
 
 
 def parts(batch: Batch) -> dict[str, Side]:
-    """Splits a batch of any kind into {side: lm batch}."""
+    """Splits a batch of any kind into one lm batch per side: returns {side name, such as "chosen": lm batch}."""
     return {ONE: batch} if "tokens" in batch else {side: batch[side] for side in sorted(batch)}
 
 
 def join(parts: dict[str, Batch]) -> Batch:
-    """Combines sides into a batch; this is the inverse of `parts`."""
+    """Combines lm batches, given as {side name: lm batch}, into one batch. This is the inverse of `parts`."""
     return parts.get(ONE, parts)
 
 
 def kind_of(batch: Batch) -> str:
-    """Determines the kind of a batch from the names of its sides and of the arrays of its first side. Raises ValueError
-    if the batch is of no known kind."""
+    """Determines the kind of a batch from the names of its sides, and from the names of the arrays in its first side.
+    Raises ValueError if the batch is of no known kind."""
     sides = parts(batch)
     if tuple(sides) == answers(len(sides)):
         return "group"
@@ -82,13 +82,14 @@ def kind_of(batch: Batch) -> str:
 
 
 def serves(given: str, asked: str) -> bool:
-    """Whether batches of the kind `given` contain everything that code for the kind `asked` reads."""
+    """Whether code that reads batches of the kind `asked` can also read batches of the kind `given`."""
     has, needs = KINDS[given], KINDS[asked]
     return has.sides == needs.sides and {*has.columns} >= {*needs.columns} and {*has.floats} >= {*needs.floats}
 
 
 def abstract(kind: str, rows: int, seq_len: int, k: int = ANSWERS) -> Batch:
-    """Returns a batch of `rows` rows with Specs instead of arrays. `k` is the number of answers per group."""
+    """Returns a batch of `rows` rows that describes each array by a Spec (its shape and dtype) instead of containing
+    the array. `k` is the number of answers per group."""
     spec = KINDS[kind]
     part = {name: Spec((rows, seq_len), np.dtype(dtype)) for name, dtype in TOKENS.items()}
     part |= {name: Spec((rows, seq_len), np.dtype(np.float32)) for name in spec.floats}

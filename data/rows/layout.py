@@ -73,8 +73,8 @@ def _pieces(data: Dataset, numbers: np.ndarray) -> Pieces:
 
 
 def _nothing_learnt(data: Dataset, sides: list[Pieces], long: np.ndarray, seq_len: int) -> np.ndarray:
-    """Marks the examples that are longer than a row and have a side in which none of the first `seq_len` tokens counts
-    in the loss."""
+    """Returns one boolean per example. It is True if the example is longer than a row and truncating it would leave a
+    document in which no token counts in the loss."""
     drop = np.zeros_like(long)
     for i in np.flatnonzero(long):
         kept = [np.arange(side.starts[i], side.starts[i] + min(side.lengths[i], seq_len)) for side in sides]
@@ -89,8 +89,8 @@ def _check_long(data: Dataset, count: int, total: int, seq_len: int, max_bad: fl
 
 
 def write(batch: Batch, at: np.ndarray, data: Dataset, rows: Rows, chosen: np.ndarray, pad_id: int) -> None:
-    """Copies the rows `chosen` of a source to the rows `at` of a batch. The target of the last token of a document is
-    the padding token."""
+    """Copies rows of a source to a batch. `chosen` has the indices of the rows in the source, and `at` their indices in
+    the batch. The target of the last token of a document is the padding token."""
     counts = np.diff(rows.bounds)[chosen]
     pieces = ranges(rows.bounds[chosen], counts)
     starts, lengths = rows.starts[pieces], rows.lengths[pieces]

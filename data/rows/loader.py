@@ -181,8 +181,8 @@ class Loader:
         return {"fingerprint": self.fingerprint, "settings": self.settings}
 
     def load_state_dict(self, saved: dict) -> None:
-        """If the saved run read other batches than this loader yields, raises a UserError that lists the changed
-        settings."""
+        """Checks that this loader yields the same batches as the loader that was saved. If not, raises a UserError that
+        lists the changed settings."""
         if saved.get("fingerprint") == self.fingerprint:
             return
         old = saved.get("settings", {})
@@ -281,8 +281,8 @@ def _part_id(part: Part) -> str:
 
 
 def _interleave(sizes: list[int]) -> np.ndarray:
-    """Lists (source, row) for all rows, in an order that spreads each source evenly and keeps the order of the rows in
-    each source. Returns int64 [sum(sizes), 2]."""
+    """Lists (source, row) for all rows. The rows of each source keep their order, and are spread evenly over the list.
+    Returns int64 [sum(sizes), 2]."""
     pairs = np.array([(s, r) for s, size in enumerate(sizes) for r in range(size)], np.int64).reshape(-1, 2)
     place = (pairs[:, 1] + 0.5) / np.maximum(np.asarray(sizes), 1)[pairs[:, 0]]
     return pairs[np.argsort(place, kind="stable")]

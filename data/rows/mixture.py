@@ -3,7 +3,7 @@ step can be computed directly."""
 
 import numpy as np
 
-BLOCK = 1000  # in each block of this many rows, each source has exactly its weight, rounded to thousandths
+BLOCK = 1000  # rows per block; each block contains weight * BLOCK rows of a source, rounded
 ROUNDS = 6
 
 
@@ -61,8 +61,8 @@ def assign(index: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarray
 
 
 def row(nth: np.ndarray, n: int, seed: int, shuffle: bool) -> np.ndarray:
-    """The row numbers at positions `nth` of a stream that repeats n rows forever. Every epoch contains each row once,
-    in a new order if `shuffle` is set."""
+    """The row numbers at the positions `nth` of an endless stream, in which each epoch consists of the same n rows. If
+    `shuffle` is set, each epoch has a new order."""
     epoch, place = nth // n, nth % n
     if not shuffle:
         return place

@@ -90,9 +90,9 @@ def best_fit(pieces: Pieces, seq_len: int, seed: int) -> Rows:
 
 
 def _best_fit(lengths: np.ndarray, seq_len: int) -> list[list[int]]:
-    """Packs pieces into rows, which are lists of indices. Bit s of the integer `open_` is set if there is a row with s
-    free slots. For a piece of n tokens, the lowest set bit at position n or above therefore gives the fullest row that
-    has enough space."""
+    """Packs pieces into rows. Each row is a list of the indices of its pieces. Bit s of the integer `open_` is set if
+    there is a row with s free slots. For a piece of n tokens, the lowest set bit at position n or above therefore gives
+    the fullest row that has enough space."""
     rows: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(seq_len + 1)]
     open_ = 0

@@ -28,8 +28,8 @@ LAST = "chats with only the last answer in the loss, since the template renders 
 
 @dataclass
 class Asked:
-    """Determines which answers of a chat count in the loss ("all" or only the "last"), and collects remarks on the
-    chats with counts."""
+    """Determines which answers of a chat count in the loss ("all" or only the "last"). Also collects remarks on the
+    chats, and counts how often each remark applies."""
 
     learn: str = "all"
     # Message fields that the chat template does not use, with their counts.
@@ -105,10 +105,10 @@ def tokens_and_mask(
 def _spans(messages: Messages, turns: list[int], writer: Writer, asked: Asked) -> tuple[str, list[Span]]:
     """Returns the rendered chat, and the spans of the characters that the model would have written in the given turns.
 
-    Some templates render an answer differently when further turns follow (Qwen3's template drops the answer's
-    thoughts), or begin a thought in the prompt and drop the thought from the answer (DeepSeek-R1's template). If a
-    template renders earlier answers differently, every answer of a chat is rendered as if the answer were the last
-    turn. If this fails for one of the answers, only the last answer of the chat counts in the loss.
+    Some templates render an answer differently when further turns follow: Qwen3's template then drops the answer's
+    thoughts. Others begin a thought in the prompt, and then drop the thought from the answer: DeepSeek-R1's template
+    does this. If a template renders earlier answers differently, every answer of a chat is rendered as if the answer
+    were the last turn. If this fails for one of the answers, only the last answer of the chat counts in the loss.
     """
     if "endgeneration" in writer.template:
         return _spans_by_marks(messages, turns, writer)
@@ -179,8 +179,8 @@ def _span(messages: Messages, i: int, text: str, writer: Writer) -> Span:
 
 
 def _end(text: str, start: int, stop: int, message: dict, tokenizer: Tokenizer) -> tuple[int, bool]:
-    """Returns (position where an answer ends, whether the text before this position contains the whole content of the
-    answer and an end token). An answer ends after the first end token that follows its content. If no end token
+    """Returns the position where an answer ends, and whether the text before this position contains the whole content
+    of the answer and an end token. An answer ends after the first end token that follows its content. If no end token
     follows, the answer ends at `stop`."""
     calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
     said = [part.strip() for part in (message["content"] or "", *calls) if part.strip()]
@@ -216,8 +216,8 @@ def _piecewise(messages: Messages, writer: Writer) -> tuple[str, dict[int, Span]
 
 
 def _behind(messages: Messages, i: int, stop: int, writer: Writer, last: bool = False) -> str:
-    """The text that follows the content of answer i: the end of the answer, the turns before `stop`, and, unless `last`
-    is set, the beginning of the next answer."""
+    """The text that follows the content of answer i. It consists of the end of the answer and the turns before `stop`.
+    Unless `last` is set, the beginning of the next answer follows."""
     stand_in = secrets.token_hex(8)
     answer = {"role": "assistant", "content": stand_in}
     text = writer.text([*messages[:i], answer, *messages[i + 1 : stop]], not last)
@@ -245,8 +245,8 @@ def _answer(prompt: str, messages: Messages, i: int, ending: str, writer: Writer
 
 
 def _without_thought(prompt: str, messages: Messages, i: int, writer: Writer) -> str:
-    """The text of answer i with an empty thought, if the prompt begins a thought and the template renders the thought
-    of the last answer. Otherwise returns ""."""
+    """Renders answer i with an empty thought. Returns "" unless the prompt begins a thought and the template renders
+    the thought of the last answer."""
     stand_in = secrets.token_hex(8)
     answer = _thought_placed(messages[i] | {"reasoning_content": stand_in}, writer.template)
     shown = writer.text([*messages[:i], answer])
@@ -282,9 +282,9 @@ def mask_ids(text: str, spans: list[Span], tokenizer: Tokenizer) -> tuple[list[i
     """Returns the token ids of `text`, and a mask that is 1 for the ids inside the spans. No token crosses the edge of
     a span.
 
-    The parts of the text inside and outside the spans are tokenized separately, as during inference, where the prompt
-    is tokenized before the answer is known. If tokenizing the whole text gives different ids (because of a prefix space
-    or a merge), the ids of the whole text are used, unless one of its tokens crosses the edge of a span.
+    The text inside each span and the text between spans are tokenized separately. Inference does the same, because it
+    tokenizes the prompt before the answer is known. If tokenizing the whole text gives different ids (because of a
+    prefix space or a merge), the ids of the whole text are used, unless one of its tokens crosses the edge of a span.
     """
     cuts = [0, *(edge for span in spans for edge in span), len(text)]
     parts = [tokenizer.encode(text[a:b], special=True) for a, b in pairwise(cuts)]

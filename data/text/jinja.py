@@ -43,7 +43,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals |= {"raise_exception": _raise, "strftime_now": lambda layout: datetime.now().strftime(layout)}
 
     def wrap_str_format(self, value):
-        return None  # no wrapper, so that `is_safe_attribute` decides: it refuses str.format, which can read attributes
+        return None  # without a wrapper, `is_safe_attribute` refuses str.format, which could read attributes
 
     def is_safe_attribute(self, obj, attr, value):
         return not (isinstance(obj, str) and attr.startswith("format")) and super().is_safe_attribute(obj, attr, value)

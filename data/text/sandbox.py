@@ -1,8 +1,9 @@
 """Renders chat templates in a separate process that only runs Jinja, within limits on time and memory.
 
 Requests to the process, and its answers, are JSON texts, each preceded by its size, encoded in 8 bytes. A request is
-[template, marks, variables]. If `variables` is null, the template is only compiled. An answer is ["text", rendered
-text], ["limit", description of the limit that was exceeded] or ["error", reason].
+[template, marks, variables], where `marks` are the two texts to put around each generation block. If `variables` is
+null, the template is only compiled. An answer is ["text", rendered text], ["limit", description of the limit that was
+exceeded] or ["error", reason].
 """
 
 import json

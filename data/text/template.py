@@ -91,8 +91,8 @@ def with_system(template: str, system: str) -> str:
 
 
 def twin(text: str) -> str:
-    """The name of the template in TEMPLATES for the same model family as the given template, which it can replace in
-    training. Returns "" if there is no such template."""
+    """The name of the template in TEMPLATES for the model family of the given template. In training, it can replace the
+    given template. Returns "" if there is no such template."""
     return next((name for name, marks in FAMILIES.items() if all(mark in text for mark in marks)), "")
 
 

@@ -144,9 +144,9 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> "Core":
-        """The version of `core` that reads the names of control tokens as plain text. A unigram model would find these
-        names in its vocabulary, where they have the best score. In this version, they are therefore replaced, and the
-        names of byte tokens get the worst score."""
+        """The version of `core` that reads the names of control tokens as plain text. Only a unigram model needs a
+        changed version, because it would find these names in its vocabulary, where they have the best score. The
+        changed version replaces them in the vocabulary, and gives the names of byte tokens the worst score."""
         from tokenizers import Tokenizer as Core
         from tokenizers import models
 

@@ -10,7 +10,7 @@ from common.methods import find
 from common.types import Config
 from data.text.tokenizer import Tokenizer
 
-Row = dict[str, np.ndarray]  # one row of an lm batch: arrays [T], and scalars for the columns
+Row = dict[str, np.ndarray]  # one row of a batch: its arrays have the shape [T], and its columns are scalars
 
 
 class View(NamedTuple):
