@@ -4,9 +4,9 @@
     python -m train.main --config=configs/quant/qat_smollm2.py --workdir=runs/smollm2_qat
     python -m tools.quantize --model=runs/smollm2_qat --quant=int4 --out=runs/smollm2_int4
 
-Hardware: the same as for configs/sft/smollm2_full.py. Expected: the held-out loss of the int4 model lies between two
-losses of the model that configs/sft/smollm2_full.py trains. It is higher than the loss of that model in float, and
-lower than its loss after quantization to int4.
+Hardware: the same as for configs/sft/smollm2_full.py. Expected: the held-out loss of the int4 model is between two
+other losses. It is higher than that of the float model that configs/sft/smollm2_full.py trains, but lower than that of
+the same float model after quantization to int4.
 """
 
 from configs.sft import smollm2_full
