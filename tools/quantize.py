@@ -9,9 +9,10 @@ format, which is the name of a file in model/quant. KEY is one of the format's a
 with quant.name=qat, --quant must be the format for which the run was trained.
 
 --budget limits the size of the whole model (KB, MB, GB) or the bits per weight of the layers' matrices (4.5bits). Each
-kind of matrix stays float or becomes int8 or int4, whichever makes the total error smallest within the budget. --data
-names the documents for calibration. The last tenth of them is held out to measure the perplexity. --dtype is the type
-of the weights that are not quantized. Except for run folders, only one layer at a time is loaded for quantization.
+kind of matrix stays float or becomes int8 or int4. These formats are chosen to give the smallest total error within the
+budget. --data names the documents for calibration. The last tenth of them is held out to measure the perplexity.
+--dtype is the type of the weights that are not quantized. Except for run folders, only one layer at a time is loaded
+for quantization.
 """
 
 import argparse
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from model.weights import Params, Specs
 
 MATRICES = "layers/.*"  # pattern of the matrices for which --budget chooses formats
-HELD_OUT = 0.1  # fraction of the documents, taken from the end, that measures the perplexity
+HELD_OUT = 0.1  # fraction of the documents, taken from the end, on which the perplexity is measured
 
 
 @cli.command
@@ -123,7 +124,7 @@ def quantize(args: argparse.Namespace, settings: Json) -> int:
         wide = sum(4 * x.size for x in jax.tree.leaves(model.abstract))
         print(f"bytes: {wide:,} in float32 -> {held:,} quantized; {disk:,} on disk in {out / 'ckpt'}")
     reloaded = load(out, dtype="float32")
-    if args.eval_tokens:  # only this needs the whole float model in memory
+    if args.eval_tokens:  # only measuring the perplexity needs the whole float model in memory
         before, after = load(args.model, dtype="float32").loss(judge_on), reloaded.loss(judge_on)
         n = f"{after[1]} held-out tokens of {args.data}, seed {args.seed}"
         print(f"perplexity {np.exp(before[0]):.3f} -> {np.exp(after[0]):.3f} on {n}")
@@ -215,8 +216,8 @@ def search(
     model: "Transformer", layer: "Callable[[int], Params]", x: "np.ndarray", limit: tuple[float, str], group: int,
     dtype: str,
 ) -> tuple[tuple[str, str], ...]:  # fmt: skip
-    """Returns the `formats` argument of model/quant/mixed.py. Chooses the formats with the smallest error on one batch
-    `x` that fit the budget."""
+    """Returns the `formats` argument of model/quant/mixed.py. Chooses the formats that fit the budget and have the
+    smallest total error on one batch `x`."""
     import jax
     import jax.numpy as jnp
 
@@ -249,8 +250,8 @@ def search(
 
 
 def check_where(specs: "Specs", where: str) -> None:
-    """Raises UserError unless `where` selects only single matrices of layers. Stacks of matrices, such as those of
-    experts, cannot be calibrated."""
+    """Raises UserError unless each parameter that `where` selects is a single matrix of a layer. Stacks of matrices,
+    such as those of experts, cannot be calibrated."""
     import jax
 
     from model import weights

@@ -10,13 +10,14 @@ folder --out. people.jsonl has the --people items that people should label with 
 them is drawn at random, and the others are those about which the judge is least sure. judged.jsonl has the judge's
 preferences for all other items, as training data. routes.jsonl has its probabilities for all items.
 
-The second form compares the judge's probabilities with people's votes. Only the items drawn at random show how often
-the judge is right on the items that it labels itself.
+The second form compares the judge's probabilities with people's votes. Only the results for the items drawn at random
+show how often the judge is right on the items that it labels itself.
 
-The third form shows how much labels help. It takes existing labels in three orders, and measures the accuracy of a
-linear reward model on frozen features after each number of --labels. The orders are: at random, the pairs with the most
-uncertain predictions first, and the pairs on which the model and a judge disagree most first. --verdicts is a folder
-with this judge's verdicts, written by tools.judge. By default, the judge always prefers the longer answer.
+The third form shows how much labels help. It trains a linear reward model on frozen features with more and more of the
+existing labels, and measures its accuracy at each number of labels in --labels. It does so for three orders of the
+labels: at random, the pairs with the most uncertain predictions first, and the pairs on which the model and a judge
+disagree most first. --verdicts is a folder with this judge's verdicts, written by tools.judge. Without it, the rule
+"longer is better" takes the place of the judge.
 """
 
 import argparse
@@ -126,7 +127,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def curve(args: argparse.Namespace) -> None:
-    """Replays the labels of pairs in three orders, and writes OUT/curve.json and OUT/curve.html."""
+    """Measures the accuracy of a reward model as existing labels are added in three orders, and writes OUT/curve.json
+    and OUT/curve.html."""
     from evals import features, pairs, router
     from tools.report import svg
     from tools.report.page import render
@@ -156,7 +158,8 @@ def curve(args: argparse.Namespace) -> None:
 
 
 def _verdicts(folder: str, found: "Sequence") -> np.ndarray:
-    """Returns the last judge's probabilities for the pairs, from the judges.json that tools.judge wrote for them."""
+    """Returns a probability for each pair, from the judges.json that tools.judge wrote for these pairs. If it has the
+    verdicts of several judges, the last judge is used."""
     rows = files.load_json(Path(folder) / "judges.json")["rows"]
     given = [row["p"] for row in rows if "p" in row]
     if not given or len(given[-1]) != len(found):

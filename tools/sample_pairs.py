@@ -5,10 +5,10 @@
 
 --prompts is any data source. Only its prompts are used. MODEL is a model, a run, a base model with an adapter
 (BASE+FOLDER), or a hosted model (openai:URL#MODEL). --answers is the number of answers per prompt. With two models,
-each gives half of them. Each line of --out is {"id", "prompt", "answers": [{"text", "model", "sampling"}]}. The file is
-read by feedback.main, tools.route and tools.rank. Repeated prompts are used only once. With one model, prompts for
-which all answers are equal are left out. If the command is interrupted, the same command resumes where it stopped, and
-the result is the same.
+each model samples half of these answers. Each line of --out is {"id", "prompt", "answers": [{"text", "model",
+"sampling"}]}. The file is read by feedback.main, tools.route and tools.rank. Repeated prompts are used only once. With
+one model, prompts for which all answers are equal are left out. If the command is interrupted, the same command resumes
+where it stopped, and the result is the same.
 """
 
 import argparse

@@ -127,7 +127,7 @@ def _broken(tree: Tree) -> list[str]:
         if jnp.issubdtype(x.dtype, jnp.inexact) and not bool(jnp.isfinite(x).all()):
             bad = ~jnp.isfinite(x.reshape(x.shape[0], -1)).all(1) if in_layers(path) else None
             layer = -1 if bad is None else int(jnp.max(jnp.where(bad, jnp.arange(len(bad)), -1)))
-            place = 2 if "embed/" in path and "unembed" not in path else int(layer >= 0)  # farthest from the loss
+            place = 2 if "embed/" in path and "unembed" not in path else int(layer >= 0)  # 2: farthest from the loss
             found.append((place, -layer, path + (f" in layer {layer}" if layer >= 0 else "")))
 
     weights.map_named(look, tree)

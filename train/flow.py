@@ -28,7 +28,8 @@ from train.step import compile_step
 
 @dataclasses.dataclass
 class Session:
-    """The objects that one launch of a run uses. A run that is stopped and resumed has several launches."""
+    """Everything that the training loop uses during one launch of a run. A run that is stopped and resumed has several
+    launches."""
 
     cfg: Config
     folder: RunDir
@@ -84,7 +85,7 @@ def open_session(loaded: schema.Loaded, closing: contextlib.ExitStack, began: fl
 
         where = folder.home / "ckpt"
         ckpt = enter(Checkpointer(where, cfg.ckpt, cfg.allow, metrics.event, before_a_save, folder.config))
-        # If this run has a complete checkpoint, the newest one replaces the first state.
+        # If this run has a complete checkpoint, the newest one replaces the state that was just created.
         state = ckpt.restore(state, source)
         metrics.rewind(int(state.step))
     monitor = Monitor(cfg, blueprint, heldout, tokenizer, metrics, tasks)

@@ -94,8 +94,8 @@ def tasks(cfg: Config) -> dict[str, Task]:
 
 
 def follow_epochs(cfg: Config) -> None:
-    """If `epochs` is not 0, sets `steps` to the number of steps, rounded up, that this many passes over the training
-    rows take."""
+    """If `epochs` is not 0, sets `steps` to the number of steps that this many passes over the training rows take,
+    rounded up."""
     if cfg.epochs:
         train, _ = make_loaders(cfg.data, tokenizer(cfg, pretrained(cfg)), cfg.seed)
         cfg.steps = math.ceil(cfg.epochs * sum(train.sizes) / cfg.data.batch_size)
@@ -105,8 +105,8 @@ def source(blueprint: Blueprint, data: Batches, steps: int) -> Source:
     """Returns the source of the run's batches: the data or, for an on-policy objective, a source that samples answers
     to the prompts in the data.
 
-    Raises UserError when the data's batches are not of the kind (data.rows.batch.KINDS) that the objective reads, or
-    when a run of `steps` steps would end in the middle of a rollout, where it cannot be saved.
+    Raises UserError when the objective reads another kind of batch (data.rows.batch.KINDS) than the data have. Also
+    raises UserError when a run of `steps` steps would end in the middle of a rollout, where the run cannot be saved.
     """
     objective, kind = blueprint.objective, data.loader.kind
     if objective.source:

@@ -35,8 +35,8 @@ class Monitor:
     Held-out metrics are the objective's metrics on held-out batches, without dropout or other noise. If the objective
     sets `nll`, its held-out loss is named "nll", and the metric "bits_per_byte" is added. Answers to the prompts in the
     config's `samples` are written before and after training.
-    `verdicts` holds the result of each evaluation of the run, in this and earlier sessions: {step: "" or the floor that
-    was crossed}. If the config has floors, `passed` holds the steps at which no floor was crossed.
+    `verdicts` holds the result of each evaluation of the run, in this and earlier sessions: {step: the floor that was
+    crossed, or "" if none was}. If the config has floors, `passed` holds the steps at which no floor was crossed.
     """
 
     def __init__(

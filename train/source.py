@@ -14,8 +14,9 @@ from data.rows.loader import Loader
 from train.mesh import BATCH
 from train.state import TrainState
 
-# Counts of tokens in this process's rows: "tokens" are all but padding; "targets" are those that count in the loss.
-# "ROLE/tokens" and "ROLE/targets" count the tokens that a sampling source runs through a role and through its head.
+# Counts of tokens in this process's rows: "tokens" counts all tokens except padding, and "targets" those that count in
+# the loss. When a source samples answers, "ROLE/tokens" counts the tokens that it passes through a role's network, and
+# "ROLE/targets" those that it passes through the role's head.
 Counts = dict[str, int]
 
 

@@ -81,6 +81,6 @@ def compile_step(
 
 
 def _split_rows(x: Array, parts: int) -> Array:
-    """Splits [B, ...] into [parts, B / parts, ...], where each part takes every parts-th row, so that no row of a
-    sharded batch moves to another device."""
+    """Reshapes [B, ...] to [parts, B / parts, ...]. Part i has the rows i, i + parts, i + 2 parts and so on, so that no
+    row of a sharded batch moves to another device."""
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)

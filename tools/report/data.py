@@ -144,7 +144,7 @@ def _bytes(leaf: dict) -> int:
 
 
 def choices(runs: list[Run]) -> dict[str, list[Choice]]:
-    """Returns {task: choices}, in the order of the runs. Of several results in a folder that agree in the fields WAY,
+    """Returns {task: choices}, in the order of the runs. If several results in a folder agree in all fields of WAY,
     only the newest is used.
 
     If runs were scored on different questions of a task, or by different scorers, their results are listed separately
@@ -252,8 +252,9 @@ def side_by_side(rows: Sequence[tuple[str, Json]], n: int) -> list[tuple[dict, l
     """Returns (question, [(label, sample)]) for n examples that occur in all results. Each row is (label, result of
     evals.run.evaluate).
 
-    Examples are grouped by which methods answer them right, and are taken from the groups in turn. Groups in which the
-    methods differ come first. The selection therefore does not favor any method.
+    Two examples are in the same group if each method has the same score on both. In each round, one example is taken
+    from every group, starting with the groups in which the methods differ. The selection therefore does not favor any
+    method.
     """
     answered = {label: {s["prompt"]: s for s in result.get("samples", ())} for label, result in rows}
     common = [s for s in rows[0][1].get("samples", ()) if all(s["prompt"] in a for a in answered.values())]

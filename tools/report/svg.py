@@ -67,13 +67,13 @@ def lines(
 
 
 def _key(css: str) -> str:
-    """Draws a short piece of a line for the legend."""
+    """Draws the short line that the legend shows next to the name of a series."""
     dot = f'<circle class="{css} dot" cx="14" cy="5" r="4"/>' if "dots" in css else ""
     return f'<svg class="key" viewBox="0 0 28 10" aria-hidden="true"><path class="{css} line" d="M0 5H28"/>{dot}</svg>'
 
 
 def _figure(caption: str, label: str, height: int, parts: Sequence[str], legend: str = "") -> Markup:
-    """Wraps the parts of a chart in a figure. `label` describes the chart for screen readers."""
+    """Makes a figure of `parts`, the SVG elements of a chart. `label` describes the chart for screen readers."""
     drawing = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
     return Markup(f"<figure><figcaption>{escape(caption)}</figcaption>{legend}{drawing}</figure>")
 
@@ -121,8 +121,8 @@ def scatter(dots: Sequence[Dot], x_label: str, y_label: str) -> Markup:
 
 
 def _labels(points: Sequence[tuple[str, float, float]]) -> list[str]:
-    """Places a label beside each point, at the first position where it covers no point and no other label. Labels are
-    measured in the largest font of the page's CSS, which narrow screens use."""
+    """Places a label beside each point, at the first position where it covers no point and no other label. The width of
+    a label is computed for the largest font in the page's CSS, which is used on narrow screens."""
     out: list[str] = []
     taken = [(x - 6, x + 6, y) for _, x, y in points]
     for label, x, y in sorted(points, key=lambda p: p[2]):

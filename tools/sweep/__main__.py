@@ -12,7 +12,7 @@
 
 Each point is trained in a run folder OUT/ID. The same command can be run again, or on other machines at the same time.
 It then skips points that are done or running, and resumes interrupted points. The exit code is 0 if all points are
-done, 1 if some points failed, 2 if the input must change, and 75 after an interruption.
+done, 1 if some points failed, 2 if the input is invalid, and 75 after an interruption.
 """
 
 import contextlib
@@ -93,8 +93,8 @@ def check(args: overrides.Args) -> None:
 
 
 def planned_points(args: overrides.Args) -> "list[Point]":
-    """Returns every point of a sweep. A search has too many points, so returns only those that combine its choices and
-    the lowest and highest values of its ranges.
+    """Returns every point of a sweep. A search has too many possible points. For a search, returns only the
+    combinations of its choices with the lowest and highest values of its ranges.
 
     Raises UserError, or ConfigError with the problems of all points.
     """
@@ -187,8 +187,8 @@ def price(points: "list[Point]", trials: int) -> None:
 
 
 def costs(name: str, flops: float) -> tuple[str, str]:
-    """Returns the ranges of the chip-hours and the dollars that training FLOPs take on a chip. Returns n/a for both if
-    config.chip is not set."""
+    """Returns two ranges: the chip-hours that the training FLOPs take on a chip, and the price of these hours in
+    dollars. Returns n/a for both if config.chip is not set."""
     chip = chips.find(name)
     if not chip:
         return numbers.NA, numbers.NA

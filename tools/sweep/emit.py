@@ -57,7 +57,7 @@ def write(kind: str, points: list[Point], out: Path) -> list[Path]:
         command = shlex.join(["python", "-m", "train.main", *point.argv, f"--workdir={out / point.id}"])
         name, task = f"{sweep}-{point.id}", folder / f"{point.id}.yaml"
         if kind == "skypilot":
-            mount = json.dumps(str(Path("~/sky_workdir") / out))  # if OUT is absolute, this is OUT
+            mount = json.dumps(str(Path("~/sky_workdir") / out))  # if OUT is an absolute path, the result is OUT
             made[task] = SKYPILOT.format(name=name, mount=mount, command=command)
         if kind == "slurm":
             lines.append(f"{i}) exec {command} ;;")

@@ -18,7 +18,8 @@ from tools.sweep import run as runs
 
 
 class Result(NamedTuple):
-    """The results in a point's folder. `value` is the last value of the metric. It is final if the state is done."""
+    """The results in a point's folder. `value` is the last value of the metric. This value is final if `state` is
+    "done"."""
 
     id: str
     values: dict[str, Leaf]
@@ -184,7 +185,8 @@ def parallel(ranked: list[Group], pruned: list[Group], metric: str) -> str:
 
 
 def of_each_kind(rows: list[Result], ranked: list[Group]) -> list[tuple[Group, list[Result]]]:
-    """Returns (best setting, points with this setting) for each method and size, starting with the best result."""
+    """Returns (best setting, points with this setting) for each method and size, starting with the best result. The
+    size of a method is its rank and its number of trained parameters."""
     best: dict[tuple, tuple[Group, list[Result]]] = {}
     for g in ranked:
         same = [r for r in rows if r.final and r.setting == g.values]
@@ -226,7 +228,7 @@ def sizes(rows: list[Result], ranked: list[Group], metric: str) -> list[str]:
     """Draws the metric and the forgetting against the rank and against the number of trained parameters, if any method
     has several sizes.
 
-    A chart has one line per method. Each point on it is the mean over seeds at the best setting of that size.
+    Each chart has one line per method, with one point per size: the mean over seeds at the best setting of this size.
     """
     best = [(same[0], g.mean, average(same, "forgetting")) for g, same in of_each_kind(rows, ranked)]
     charts = []

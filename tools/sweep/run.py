@@ -42,8 +42,8 @@ class Child(NamedTuple):
 
 
 class Listed:
-    """The queue of a sweep, which has a list of points. A search has the queue of tools.sweep.search instead. If
-    `retry` is true, failed points are run again."""
+    """The queue of a sweep whose points are listed in advance. A search uses the queue of tools.sweep.search instead.
+    If `retry` is true, failed points are run again."""
 
     def __init__(self, points: list[Point], out: Path, retry: bool):
         self.points, self.out = {p.id: p for p in points}, out
@@ -83,7 +83,7 @@ def finish(child: Child, folder: Path, hopeless: bool) -> None:
             return
         if hopeless:
             ended = {"state": PRUNED}
-        elif code not in (exits.PREEMPTED, -signal.SIGTERM):  # SIGTERM may arrive before the run handles it
+        elif code not in (exits.PREEMPTED, -signal.SIGTERM):  # SIGTERM may end a run that has no handler yet
             events = [line["event"] for line in read(folder) if line.get("exit_code") == code]
             said = "".join((events or jobs.tail(folder / "log.txt", 1))[-1:])
             if code == exits.INPUT and any(os.strerror(number) in said for number in files.FULL):
@@ -103,7 +103,8 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def declare(point: Point, out: Path, index: int) -> None:
-    """Creates the point's folder, from which the results are collected. Callers must hold the lock of `alone`."""
+    """Creates the point's folder, from which the results are collected. Callers must hold the sweep's lock
+    (`alone`)."""
     (out / point.id).mkdir(parents=True, exist_ok=True)
     if not (out / point.id / "point.json").exists():
         files.write_json(out / point.id / "point.json", {"values": point.values, "index": index})

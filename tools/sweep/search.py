@@ -63,7 +63,8 @@ class Search:
         return self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING])
 
     def _start(self, trial: Any) -> Child | None:
-        """Starts a trial. If it is invalid, or if its point has already ended, reports this to Optuna instead."""
+        """Starts a trial. If the trial is invalid, or if its point has already ended, reports this to Optuna
+        instead."""
         try:
             if trial.params.keys() != self.space.keys():
                 raise UserError("Optuna has not sampled all values of the trial")

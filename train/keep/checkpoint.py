@@ -27,7 +27,7 @@ from train.source import Source
 from train.state import TrainState
 
 UNFINISHED = re.compile(r"[0-9]+\.(tmp|orbax-checkpoint-tmp).*")
-CLOCK_STEPS = 10  # several processes check `minutes` only every 10 steps, because the check synchronizes them
+CLOCK_STEPS = 10  # with several processes, `minutes` is checked only every 10 steps, since the check synchronizes them
 
 Abstract = dict[str, jax.ShapeDtypeStruct]  # {path: abstract array}
 
@@ -43,7 +43,7 @@ class Checkpointer:
     and failed save. `first` is called before each save, and writes to disk everything that must not be older than the
     checkpoint. `config` is the run's config as plain data, and is stored in the manifest of every checkpoint.
     `passed` holds the evaluated steps at which no metric crossed a limit in the config's `floors`. The newest
-    checkpoint among them is never deleted.
+    checkpoint of such a step is never deleted.
     """
 
     def __init__(
@@ -117,7 +117,8 @@ class Checkpointer:
         error, self._pending = self._pending.exception(), None
         stop = must or self.cfg.on_error == "stop"
         if (error and stop) or not hosts.all_true(error is None):
-            # A process that has to stop does not ask the others first: they may be waiting for it in Orbax.
+            # A process that must stop does not call `all_true` first: the other processes may be waiting for it in
+            # Orbax.
             self._failed(error, stop)
 
     def _failed(self, error: BaseException | None, stop: bool) -> None:

@@ -33,7 +33,8 @@ class Clock:
         self.chip = chips.find(cfg.chip or jax.devices()[0].device_kind)
         assert isinstance(plan.mesh, Mesh), "only --plan uses an abstract mesh"
         mine = local_rows(plan.mesh, cfg.data.batch_size)
-        self.parts = cfg.data.batch_size // (mine.stop - mine.start)  # each process counts only 1/parts of the batch
+        # This process counts only its own rows. Counts are multiplied by `parts` to cover the whole batch.
+        self.parts = cfg.data.batch_size // (mine.stop - mine.start)
         self.bad = 0  # consecutive non-finite steps before this session
         self.pending: dict[str, Pair] = {}  # metrics of the second-to-last step
         self.last: dict[str, Pair] = {}
@@ -41,7 +42,7 @@ class Clock:
         self.steps = 0
         self.counts: Counter[str] = Counter()  # counts since the last metrics line
         self.since_line = 0  # steps since the last metrics line
-        self.busy, self.timed = 0.0, 0  # seconds and tokens that all metrics lines so far cover
+        self.busy, self.timed = 0.0, 0  # total seconds and tokens of all metrics lines so far
 
     def tick(self, sums: dict[str, Pair], counts: Counts) -> None:
         """Counts a step. Call `tick` after each step is dispatched. The first step includes compilation and is left out

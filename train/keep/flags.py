@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, dict[str, str]]] = {
         "dense": _OVERLAP | {"xla_tpu_scoped_vmem_limit_kib": "98304"},  # allows larger fusions in VMEM, as in MaxText
         # does not gather parameters in advance, which saves memory
         "memory": {"xla_tpu_enable_latency_hiding_scheduler": "false"},
-        "dcn": {  # reduces gradients between slices in parts, during the backward pass
+        "dcn": {  # reduces gradients across slices in chunks during the backward pass
             "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
             "xla_tpu_data_parallel_opt_different_sized_ops": "true",
         },
@@ -78,7 +78,7 @@ def fake_devices() -> None:
 def trim_after_compiling() -> None:
     """Makes glibc return freed memory to the system after each long compilation. Otherwise a process that trains 135M
     parameters keeps 0.2 GB of memory that the compiler, LLVM, no longer uses. Only the first call in a process has an
-    effect. Without glibc, no call has one."""
+    effect, and only if the process uses glibc."""
     from jax import monitoring
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

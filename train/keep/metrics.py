@@ -154,8 +154,8 @@ class Metrics:
 
     @contextmanager
     def timer(self, kind: str, since: float | None = None) -> Iterator[None]:
-        """Adds the seconds spent in the with-block to `kind`, one of KINDS. If `since` is given, a value of
-        time.perf_counter(), the seconds are counted from that time."""
+        """Adds the seconds spent in the with-block to `kind`, one of KINDS. `since` is a value of time.perf_counter().
+        If it is given, the seconds are counted from that time."""
         start = time.perf_counter() if since is None else since
         self._began = min(self._began, start)
         try:

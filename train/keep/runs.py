@@ -1,5 +1,5 @@
-"""Opens run folders. Only one launch at a time writes to a run folder, which contains everything needed to repeat the
-run."""
+"""Opens run folders. A run folder contains everything needed to repeat the run, and only one launch at a time writes to
+it."""
 
 import contextlib
 import datetime
@@ -34,7 +34,8 @@ GROWING = (files.LOCK, "metrics.jsonl", "ckpt", "profile", "tensorboard", "wandb
 ROOT = Path(__file__).resolve().parents[2]
 
 # Config keys that a resume may change, including all keys nested below them.
-# They do not affect the state or the batches of any step or, like `steps`, are a common reason to resume a run.
+# Most of them do not affect the state or the batches of any step. Others, such as `steps`, are a common reason to
+# resume.
 SAFE = (
     "steps", "epochs", "accum", "mesh", "model.attention", "xla_preset", "log_every", "eval_every", "eval_batches",
     "evals", "eval_n", "floors", "samples", "ckpt", "tracker", "chip", "allow", "data.cache",
@@ -48,9 +49,9 @@ class RunDir:
     written to `path`, a folder on this machine, and `publish` uploads those that have changed. For a local run, `path`
     is `home`.
     `config` is the resolved config as plain data, `overrides` are the overrides on the command line, and `source` is
-    the config file. Raises UserError when the folder is in use or cannot be written, when a resume changes the config
-    (unless the config's `allow` contains "config" or, for keys under data, "data"), or when the processes of the launch
-    differ in their configs or code.
+    the config file. Raises UserError when the folder is in use or cannot be written, or when the processes of the
+    launch differ in their configs or code. Also raises UserError when a resume changes the config, unless the config's
+    `allow` contains "config" or, for keys under data, "data".
     """
 
     def __init__(

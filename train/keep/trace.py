@@ -35,7 +35,7 @@ class Trace:
             return
         try:
             jax.profiler.stop_trace()
-        except Exception as e:  # such as a full disk, which must not end the run
+        except Exception as e:  # a problem such as a full disk must not end the run
             print(f"warning: {self.folder}: the trace could not be written: {e}", file=sys.stderr)
         steps, self.traced, self.steps = self.traced, -1, 0
         files = sorted(self.folder.rglob("perfetto_trace.json.gz"), key=lambda p: p.stat().st_mtime)

@@ -47,7 +47,7 @@ class Objective(NamedTuple):
     `batch` is the kind of batch that the loss reads (data.rows.batch.KINDS). An objective's file also defines this kind
     as the constant BATCH, which is needed to check a config. The last held-out batch may have rows without targets,
     which must not count in any metric.
-    `nll`: whether the loss is the negative log-likelihood, in nats, of the targets of a batch of kind "lm". If `nll` is
+    `nll`: whether `batch` is "lm" and the loss is the negative log-likelihood of its targets, in nats. If `nll` is
     True, the held-out loss is named "nll", and bits per byte are also measured.
     `logits`: whether the loss computes logits. If so, their FLOPs are counted.
     If the policy has a head in place of the unembedding, the objective's file defines the head's name as the constant
@@ -55,8 +55,8 @@ class Objective(NamedTuple):
     `heldout(roles, batch)` returns additional metrics for held-out batches. Computing them at every training step would
     be too expensive. `check` gets the columns of the training data, {name: values}, and raises UserError if the
     objective cannot train on them.
-    `source` is for on-policy objectives, whose data are only prompts. From the data's batches and the run's blueprint,
-    `source` makes the Source that samples the training batches from the policy.
+    `source` is for on-policy objectives, whose data are only prompts. It is called with the data's batches and the
+    run's blueprint, and returns the Source that samples the training batches from the policy.
     """
 
     loss: Callable[[Roles, dict, Array], dict[str, Pair]]

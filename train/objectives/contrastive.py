@@ -25,9 +25,9 @@ def make(
 ) -> Objective:
     """The loss is -log softmax(cosines / temperature) of a question's own passage, averaged over questions.
 
-    The negatives are the other passages of the micro-batch, on all devices, except copies of the question's own passage
-    and the passages of identical questions. `pooling` says how token vectors are pooled into an embedding. Questions
-    are truncated to `query_tokens` tokens, which saves padding; 0 means `data.seq_len`.
+    The negatives of a question are the other passages of the micro-batch, on all devices. Copies of its own passage and
+    the passages of identical questions are left out. `pooling` says how token vectors are pooled into an embedding.
+    Questions are truncated to `query_tokens` tokens, which saves padding; 0 means `data.seq_len`.
     """
     if temperature <= 0:
         raise ValueError(f"temperature {temperature:g} must be above 0")

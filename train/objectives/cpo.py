@@ -20,7 +20,8 @@ def make(model: Transformer, *, beta: float = 0.1, sft_weight: float = 1.0) -> O
         policy = logps(model, roles["policy"], both(batch))
         chosen, rejected = jnp.split(policy, 2)
         there = has_pair(batch)
-        # `nll` is a mean over tokens, but `summed` divides by the number of pairs, so multiply by that number first.
+        # `nll` must be a mean over tokens, but `summed` divides by the number of pairs. Therefore multiply by that
+        # number first.
         tokens = batch["chosen"]["mask"].sum()
         nll = -chosen * there.sum() / jnp.maximum(tokens, 1)
         values = {"loss": -jax.nn.log_sigmoid(beta * (chosen - rejected)) + sft_weight * nll, "nll": nll}

@@ -28,8 +28,8 @@ def make(
 
     `sigmoid`: -log sigmoid(beta h), eq. 7; `label_smoothing` is cDPO's eps, the assumed fraction of flipped labels.
     `hinge`: relu(1 - beta h) (SLiC, Zhao et al. 2023, arXiv 2305.10425, eq. 8, but with log-ratios).
-    `ipo`: (h - 1/(2 beta))^2 (Azar et al. 2023, arXiv 2310.12036, eq. 17), where h uses means over tokens, as the
-    authors confirmed to the developers of TRL.
+    `ipo`: (h - 1/(2 beta))^2 (Azar et al. 2023, arXiv 2310.12036, eq. 17), where the log-probabilities in h are means
+    over tokens, as the authors confirmed to the developers of TRL.
     `robust`: the sigmoid loss, corrected for a fraction `label_smoothing` of flipped labels (Chowdhury et al. 2024,
     arXiv 2403.00409, eq. 9).
     `length_normalized` divides each log-ratio by its answer's length, as `ipo` always does. `sft_weight` times the

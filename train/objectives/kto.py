@@ -72,7 +72,7 @@ def mismatched(batch: Batch) -> Batch:
     at = jnp.arange(width)
     here = jnp.where(batch["mask"].any(-1), batch["mask"].argmax(-1), width)[:, None]  # the prompt's last position
     there = jnp.roll(here, 1, axis=0)
-    slot = at - here + there  # the position in the previous row from which each position is copied
+    slot = at - here + there  # where each position is copied from: its position in the previous row
     fits = (at >= here) & (slot < width)
 
     def moved(x: Array, empty: int = 0) -> Array:

@@ -22,8 +22,8 @@ HEAD = "scalar"
 def make(
     model: Transformer, *, loss: Literal["regression", "ordinal"] = "regression", low: float = 1.0, high: float = 5.0
 ) -> Objective:
-    """The loss is averaged over rows. A reward of 0 is the middle of the scale from `low` to `high`, and a reward of 1
-    is one point above the middle.
+    """The loss is averaged over rows. A reward of 0 stands for the middle of the rating scale, which ranges from `low`
+    to `high`. A reward of 1 stands for one point above the middle.
 
     `regression`: the loss is (r - (rating - middle))^2.
     `ordinal`: the loss is the all-threshold logistic loss (Rennie and Srebro 2005, eq. 13). It is a sum over the
