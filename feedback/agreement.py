@@ -3,7 +3,7 @@ position bias.
 
 A *unit* is a pair of answers to the same item. Each person's vote assigns the unit to one of four categories: the first
 answer is preferred, the second is preferred, the answers are tied, or all answers are bad. The bootstrap resamples
-items, that is, it draws or leaves out all units of an item together.
+items, not units, so all units of an item are drawn or left out together.
 """
 
 import itertools
@@ -25,7 +25,8 @@ PEOPLE = 12  # maximum number of people for whom pairwise kappas are computed
 
 
 class Figure(NamedTuple):
-    """A statistic computed from `n` units, and its 95 % interval [low, high]. Undefined numbers are None."""
+    """A statistic computed from `n` units, and its 95 % interval [low, high]. Numbers that cannot be computed are
+    None."""
 
     value: float | None
     low: float | None
@@ -186,8 +187,9 @@ def first_shown(events: Iterable[Event]) -> Figure:
 
 
 def with_ranks(pairs: Iterable[tuple[Event, list[int | None]]]) -> Figure:
-    """The share of votes that agree with the given ranks, which are gold ranks or a judge's ranks. A vote agrees only
-    if it prefers the same answer in every pair that it compares and for which the given ranks prefer one."""
+    """The share of votes that agree with the given ranks, which are gold ranks or a judge's ranks. Pairs of answers
+    that the given ranks tie or that the vote does not compare are ignored. A vote agrees only if it prefers the same
+    answer as the ranks in each of the other pairs."""
     hits = []
     for event, ranks in pairs:
         strict = [

@@ -1,9 +1,10 @@
 """Converts items and votes to and from the JSON formats of Argilla (records of SDK 2) and Label Studio (tasks).
 
-Both tools store a decision as responses to named questions. The questions are ranking, verdict (bad or skip), ASPECT_1
-(the rating of the first answer), correction_1 and flag_1. Records that were created in Argilla or Label Studio may use
-other field names, and may contain only a ranking or a pairwise choice. Data for which neither format has a field are
-stored as JSON in one text field, `kungfu`.
+Both tools store a decision as responses to named questions. The questions are ranking, verdict (bad or skip) and, for
+each answer, a rating per aspect, a correction and a flag. For the first answer, these are named ASPECT_1, correction_1
+and flag_1. Records that were created in Argilla or Label Studio may use other field names, and may contain only a
+ranking or a pairwise choice. Other data of an item, for which the two formats have no field, are stored as JSON in one
+text field, `kungfu`.
 """
 
 import json
@@ -222,9 +223,9 @@ def _answer(result: Json, names: list[str]) -> tuple[str, Any]:
 
 
 def _levels(buckets: dict[str, list[str]]) -> list[list[str]]:
-    """Converts Label Studio's buckets to a list with the names of the answers at each rank, best rank first. If the
-    names of buckets are numbers, they are the ranks. If there is only one bucket, its entries are listed from best to
-    worst."""
+    """Converts Label Studio's buckets, into which people sort the answers, to a list of ranks, best first. Each rank is
+    a list with the names of its answers. If the buckets' names are numbers, these are the ranks. If there is only one
+    bucket, it contains the answers in order, from best to worst."""
     named = {name: entries for name, entries in buckets.items() if name != "_" and entries}
     if len(named) == 1 and not next(iter(named)).isdecimal():
         return [[entry] for entry in next(iter(named.values()))]

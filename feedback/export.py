@@ -3,12 +3,13 @@
     python -m feedback.export --db=votes.db --out=FOLDER [--each] [--format=rows|argilla|label-studio]
 
 The following files are written to FOLDER, except those that would have no rows: preference.jsonl (prompt, chosen,
-rejected), preference_ties.jsonl (the same with ties, in a column `tie`), rankings_2.jsonl to rankings_4.jsonl (answers,
-ranks), kto.jsonl (completion, label), ratings_ASPECT.jsonl, corrections.jsonl (pairs in which the edited answer is
-chosen and the original is rejected), sft.jsonl (the best answers), sft_corrections.jsonl, and flags.jsonl. `train` and
-TRL read these files directly. If several people voted on an item, their votes are combined into one ranking; with
---each, every vote becomes its own ranking. Gold items are not exported, nor are decisions that were undone or erased.
---format=argilla or label-studio writes one file with items and votes, which `feedback.load` can read.
+rejected), preference_ties.jsonl (the same pairs and also ties, for which the column `tie` is 1), rankings_2.jsonl to
+rankings_4.jsonl (answers, ranks), kto.jsonl (completion, label), ratings_ASPECT.jsonl, corrections.jsonl (pairs in
+which the edited answer is chosen and the original is rejected), sft.jsonl (the best answers), sft_corrections.jsonl,
+and flags.jsonl. `train` and TRL read these files directly. If several people voted on an item, their votes are combined
+into one ranking; with --each, every vote becomes its own ranking. Gold items are not exported, nor are decisions that
+were undone or erased. --format=argilla or label-studio writes one file with items and votes, which `feedback.load` can
+read.
 """
 
 import sys

@@ -11,7 +11,7 @@ class Event(NamedTuple):
     """One event. `kind` is vote, resolve (the owner resolves a disagreement), undo (withdraws the annotator's decision
     about the same item) or erase (withdraws all earlier decisions of the annotator).
 
-    `version` is the number of events that the annotator already had for the item. The content of a vote has choice
+    `version` is the number of earlier events of the annotator for the same item. The content of a vote has choice
     (ranks, bad or skip), ranks, ratings {aspect: [1 to 5 or None]}, edits and flags {answer: text}, order (of the
     answers on the page), ms (milliseconds that the page was visible before the decision), guidelines (the version of
     the guidelines), informed (whether the annotator had seen the judge's ranks), key (identifies the request), and the
@@ -32,8 +32,8 @@ class Event(NamedTuple):
 
 
 class State:
-    """The state after all events so far. `votes[item][annotator]` and `resolved[item]` are the decisions in force,
-    without those that were undone, erased or replaced.
+    """The state after all events so far. `votes[item][annotator]` and `resolved[item]` are the decisions that still
+    apply; decisions that were undone, erased or replaced are left out.
 
     Other threads may read a state while `followed` computes the next one. Therefore the dicts of a state never change.
     """
@@ -103,7 +103,8 @@ def relation(ranks: list[int | None] | None, i: int, j: int) -> int | None:
 
 
 def disputed(votes: dict[str, Event]) -> bool:
-    """Returns whether any two people contradict each other on an item. Skipping an item contradicts nothing."""
+    """Returns whether any two people contradict each other on an item. A person who skipped the item contradicts
+    nobody."""
     given = [event for event in votes.values() if event.content["choice"] != "skip"]
     if len(given) < 2:
         return False

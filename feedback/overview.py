@@ -24,8 +24,8 @@ def spelled(ranks: Sequence[int | None]) -> str:
 
 
 def sentence(event: Event, at: list[int]) -> str:
-    """Returns a decision as text. The letters A, B, ... name the answers in the order `at`, in which the page shows
-    them."""
+    """Returns a decision as text. The letters A, B, ... name the answers in the order in which the page shows them,
+    which `at` gives."""
     content = event.content
     view = {"bad": "all bad", "skip": "skipped"}.get(content["choice"]) or spelled([content["ranks"][i] for i in at])
     more = [word for word, key in (("corrected", "edits"), ("flagged", "flags")) if content[key]]
@@ -33,7 +33,8 @@ def sentence(event: Event, at: list[int]) -> str:
 
 
 def agree(event: Event, ranks: list[int | None]) -> bool:
-    """Returns whether a vote and the given ranks do not contradict each other on any pair of answers."""
+    """Returns whether a vote agrees with the given ranks: on no pair of answers may the two prefer different
+    answers."""
     pairs = [(i, j) for i in range(len(ranks)) for j in range(i)]
     return all((relation(event.ranks, i, j) or 0) * (relation(ranks, i, j) or 0) >= 0 for i, j in pairs)
 

@@ -38,8 +38,8 @@ class Queue:
                 yield item
 
     def progress(self, annotator: str) -> tuple[int, int]:
-        """Returns (done, total). `done` is the number of items on which the annotator has decided, and `total` also
-        counts the items on which the annotator may still decide."""
+        """Returns (done, total). `done` is the number of items on which the annotator has decided. `total` is `done`
+        plus the number of items on which the annotator may still decide."""
         with self.lock:
             state = self.store.state
             done = sum(annotator in state.votes.get(name, {}) for name in self.store.items)

@@ -1,4 +1,4 @@
-"""Makes training rows from the decisions in force."""
+"""Makes training rows from people's current decisions, that is, without those that were undone, erased or replaced."""
 
 import itertools
 import re
@@ -12,9 +12,9 @@ Rows = dict[str, list[Json]]
 
 
 def rows(items: Iterable[Item], state: State, each: bool = False) -> Rows:
-    """Returns {file name: rows}. The votes on an item are combined into one ranking (see `consensus`) or, if `each` is
-    true, give one ranking per vote. If the owner has resolved a disagreement, the resolution replaces all votes. Gold
-    items, which only test annotators, are left out, and so are skipped items."""
+    """Returns {file name: rows}. The votes on an item are combined into one ranking (see `consensus`); if `each` is
+    true, every vote becomes a ranking of its own. If the owner has resolved a disagreement, the resolution replaces all
+    votes. No rows are made from gold items, which only test annotators, or from skipped items."""
     out: Rows = {}
     for item in items:
         events = decisions(item, state)
@@ -83,8 +83,8 @@ def _pair(item: Item, chosen: str, rejected: str) -> Json:
 
 def _ranked(out: Rows, item: Item, ranks: list[int | None]) -> None:
     """Adds the rows that follow from a ranking: the ranking itself, preference pairs, KTO labels for the best and the
-    worst answers and, if only one answer is best, an SFT row. Each number of answers has its own file of rankings,
-    because all rows of a data set must have the same number of answers."""
+    worst answers and, if only one answer is best, an SFT row. Rankings of two, three and four answers are written to
+    separate files, because all rows of a data set must have the same number of answers."""
     known = [(text, rank) for text, rank in zip(item.texts, ranks) if rank is not None]
     texts, places = [text for text, _ in known], dense([rank for _, rank in known])
     answers = [item.answered(text) for text in texts]

@@ -116,8 +116,8 @@ class Store:
         return new, seen
 
     def link(self, name: str) -> str:
-        """Returns the secret part of a person's link, and creates it at the first call. Raises UserError if the name
-        cannot be used."""
+        """Returns the secret part of a person's link. The first call for a person creates it. Raises UserError if the
+        name cannot be used."""
         if not name.isprintable() or "/" in name or not 0 < len(name) <= LONGEST:
             raise UserError(f"{name!r} cannot be a name", "annotators", f"up to {LONGEST} visible characters, but no /")
         with self._writing():
@@ -204,8 +204,8 @@ class Store:
         return Event(done.lastrowid or 0, now, kind, annotator, item, version, content)
 
     def erase(self, annotator: str) -> int:
-        """Appends an event that withdraws all earlier decisions of the annotator. Returns how many decisions were in
-        force before."""
+        """Appends an event that withdraws all earlier decisions of the annotator. Returns the number of votes that it
+        withdraws."""
         count = len(self.state.of(annotator))
         self.append("erase", annotator, "", None, {})
         with self._writing():

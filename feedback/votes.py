@@ -1,5 +1,5 @@
-"""Checks the decisions that a page sends. Converts them from the order of the answers on the page to their order in the
-item."""
+"""Checks the decisions that a page sends. Also rearranges their values, which are in the order of the answers on the
+page, to the order of the answers in the item."""
 
 import hashlib
 import json
@@ -80,7 +80,7 @@ def _rating(given: Json, name: str, count: int) -> list[int | None]:
 
 
 def _texts(given: Json, name: str, at: list[int]) -> dict[str, str]:
-    """Returns {index of the answer in the item: text}. In the request, the keys are the positions of the answers on the
+    """Returns {index of the answer in the item: text}. In `given`, the keys are the positions of the answers on the
     page."""
     out = {}
     for place, text in _object(given, name).items():

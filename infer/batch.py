@@ -25,7 +25,7 @@ from model.net.kv_cache import Cache
 from model.net.transformer import Transformer
 from model.weights import Params, Tree
 
-if TYPE_CHECKING:  # for type checkers only: at run time, it would import Pallas and double the import time
+if TYPE_CHECKING:  # only for type checkers: at run time, this import would load Pallas, which doubles the import time
     from infer.serve.store import Store
 
 STEPS = 16  # maximum decoding steps before control returns to Python, where requests can join and leave
@@ -110,7 +110,7 @@ class Batch:
     ):  # fmt: skip
         self.model, self.store, self.length = model, store, length
         self.rows: list[Request | None] = [None] * rows
-        self._all, self._params = params, None  # _params: for the adapters of the current rows; None: outdated
+        self._all, self._params = params, None  # _params has the current rows' adapters, or is None if these changed
         self.reader = Reader(model, self._serving, prefixes or Prefixes(), kind)
         self.cache: Cache | None = None
 
@@ -167,8 +167,9 @@ class Batch:
             self._add(mine, *_first(logits, filled(sources, size), arrays([*mine, *[None] * (size - len(mine))])))
 
     def _read(self, prompts: list[Prompt], rows: int, requests: list[Request]) -> tuple[Array, Cache | None]:
-        """Prefills prompts. Returns the logits after each prompt, and a cache to copy into the cache of the batch.
-        Instead of the cache, returns None if it has become the batch's own cache."""
+        """Prefills prompts. Returns the logits after each prompt, and a cache that the caller must copy into the cache
+        of the batch. If nothing has to be copied, because the batch had no cache and now uses the new one, returns None
+        instead of the cache."""
         plans = {r.asked: r.plan for r in requests}
         starts = self.reader.starts(prompts, [plans[p] for p in prompts])
         room = self.length - self.reader.columns(prompts, starts)
@@ -181,7 +182,7 @@ class Batch:
         return self.reader.extend(prompts, starts, rows)
 
     def _groups(self, requests: Sequence[Request]) -> Iterator[tuple[list[Prompt], int]]:
-        """Yields (distinct prompts to prefill together, number of rows of that prefill)."""
+        """Yields (distinct prompts to prefill together, number of rows in the prefill's batch)."""
         prompts = list(dict.fromkeys(r.asked for r in requests))
         most = max(1, min(JOIN, len(self.rows), BUDGET // self.length))
         for i in range(0, len(prompts), most):
@@ -220,7 +221,7 @@ class Batch:
 
 
 def _order(request: Request) -> tuple:
-    """A sort key that puts prompts with the same prefix next to each other, with the longest prompt first."""
+    """A sort key that groups prompts by their shared prefix. In each group, the longest prompt comes first."""
     prompt, plan = request.asked, request.plan or [0]
     return prompt.adapter or "", prompt.ids[: plan[-1]], -len(prompt.ids)
 
@@ -259,8 +260,8 @@ def arrays(rows: Sequence[Request | None]) -> Rows:
 def _decode(
     model: Transformer, params: Params, cache: Cache, rows: Rows, steps: int | Array, busy: int | Array
 ) -> tuple[Picked, Array, Cache]:
-    """Decodes up to `steps` steps. Returns the tokens [B,STEPS], the number of these tokens that belong to each row's
-    answer [B], and the cache.
+    """Decodes up to `steps` steps. Returns the tokens [B,STEPS], the number [B] of tokens in each row that belong to
+    its answer, and the cache.
 
     Decoding stops early when at most `busy` rows have an unfinished answer. Each step writes the keys and values of the
     newest tokens to the next column of the cache.

@@ -23,7 +23,7 @@ NAME, EXAMPLES, FORMAT = "bundle.json", "examples.jsonl", 1
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bundled(LM):
     """A model that applies its bundle's prompting setup, such as solved examples and passages, to every question. If
-    the model has a chat template, only chats count as questions, and plain texts are continued as they are."""
+    the model has a chat template, the setup is applied only to chats; plain texts are continued as they are."""
 
     asker: Asker = dataclasses.field(default_factory=lambda: Asker(Context()))
 

@@ -1,5 +1,5 @@
-"""Computes embedding vectors of texts with an encoder or any other language model. Hidden states are pooled as the
-files in the model's folder specify."""
+"""Computes embedding vectors of texts with an encoder or any other language model. The files in the model's folder
+specify how hidden states are pooled."""
 
 import dataclasses
 import functools

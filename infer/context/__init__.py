@@ -4,8 +4,8 @@ instruction.py   Adds a system message.
 shots/           Adds solved examples, with one file per method of picking them: random, fixed, diverse, nearest.
 retrieval.py     Adds passages from an index of documents.
 
-A prompt consists of the system message, the examples, the passages and the question, in this order. The parts that all
-questions share thus come first.
+A prompt consists of the system message, the examples, the passages and the question, in this order. This puts the parts
+that all questions share first, so that they are computed only once.
 """
 
 import dataclasses

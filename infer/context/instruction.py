@@ -1,4 +1,4 @@
-"""Variants of the instruction in the system message, either built in or read from a file."""
+"""Provides variants of the instruction in the system message, either built in or read from a file."""
 
 from pathlib import Path
 
@@ -34,7 +34,8 @@ def read(source: str) -> list[str]:
 
 
 def put(prompt: Prompt, variant: str) -> Prompt:
-    """Makes a variant the system message of a prompt. The variant "" leaves the prompt unchanged."""
+    """Puts a variant of the instruction into a prompt, as its system message. The variant "" leaves the prompt
+    unchanged."""
     if not variant:
         return prompt
     if isinstance(prompt, str):

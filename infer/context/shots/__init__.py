@@ -2,8 +2,8 @@
 the examples.
 
 Each file defines `picker(pool, seed)`, where `pool` is a list of (question, answer) texts. It returns a function
-`pick(questions, n)`, which returns, for each question, the indices of n examples in the pool, in the order in which
-they are shown.
+`pick(questions, n)`. For each question, this function returns the indices of n examples in the pool, in the order in
+which the prompt shows them.
 """
 
 import importlib

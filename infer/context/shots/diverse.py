@@ -2,8 +2,8 @@
 
 Examples are chosen greedily to maximize the facility location function: the sum, over all examples in the pool, of the
 similarity to the nearest chosen example (Lin and Bilmes 2011, "A class of submodular functions for document
-summarization"). The similarity of two examples is the cosine of their vectors, which contain the inverse document
-frequency of each word in the question and the answer.
+summarization"). The similarity of two examples is the cosine of their vectors. An example's vector has one entry for
+each word of its question and answer: the word's inverse document frequency.
 """
 
 import random
