@@ -152,7 +152,7 @@ def _unroll(params: Params, config: ModelConfig, widen: bool) -> Params:
 
 def row_keys(prompts: Prompts, seed: int) -> np.ndarray:
     """Returns the key data, uint32 [B,2], of one JAX random key per prompt. Each key is derived from the seed, the
-    prompt, and how many earlier prompts are identical to it."""
+    prompt, and the number of earlier prompts that are identical to it."""
     seen: dict[int, int] = {}
     data = np.zeros((bucket(len(prompts)), 2), np.uint32)
     for i, prompt in enumerate(prompts):

@@ -155,8 +155,8 @@ class LM:
         return chat.encode(list(cast(Sequence[Message], prompt)), self.tokenizer)
 
     def _continuation(self, prompt: list[int], tokens: list[int]) -> str:
-        """The text of the tokens that continue a prompt. The tokens are decoded together with the prompt, since
-        SentencePiece would otherwise drop a leading space."""
+        """Decodes the tokens that continue a prompt. They are decoded together with the prompt, since SentencePiece
+        would otherwise drop a leading space."""
         decode = functools.partial(self.tokenizer.decode, skip_special=True)
         before, whole = decode(prompt), decode(prompt + tokens)
         return whole[len(before) :] if whole.startswith(before) else decode(tokens)
@@ -214,7 +214,7 @@ class LM:
         return scores.tolist()
 
     def whole(self, prompt: Prompt, answer: str) -> list[int]:
-        """The token ids of a prompt and its answer, as in a training row."""
+        """Returns the token ids of a prompt and its answer, formatted as in training."""
         if isinstance(prompt, str):
             row = examples.Completion(prompt, answer)
             row = row if self.tokenizer.chat_template is None else examples.wrapped(row)

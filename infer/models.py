@@ -103,9 +103,9 @@ def load_many(
     adapter.
 
     Each adapter uses the tokenizer and the chat template with which it was trained. If `name` is a run folder, the
-    run's base model is loaded, and quantized as in the run. `rank_rows` limits the total rank of the adapters on the
-    device; the other adapters stay in host memory. `strict` has the same meaning as in `load`. Raises UserError if the
-    model or an adapter cannot be loaded.
+    run's base model is loaded, and quantized as in the run. All adapters are kept in host memory, and `rank_rows`
+    limits the total rank of those that are also on the device. `strict` has the same meaning as in `load`. Raises
+    UserError if the model or an adapter cannot be loaded.
     """
     from infer.serve.store import RANK_ROWS, Store  # imported only here: it imports Pallas, which is slow
     from model import paged

@@ -3,7 +3,7 @@
 XLA's CPU backend only multiplies floats. In a decoding loop, XLA would convert the codes to floats before the loop, and
 then read four or eight times as many bytes in every step. This module therefore computes partial sums, each over SUMMED
 rows of W, because XLA generates fast code for them that converts the codes while it reads them. The partial sums are
-then added by multiplying with ones, because XLA would fuse a plain sum and the partial sums into a slow library
+then added by a matrix product with ones, because XLA would fuse a plain sum and the partial sums into a slow library
 routine.
 """
 

@@ -1,9 +1,9 @@
 """Computes y = x W on a TPU, where W consists of 4-bit integers with one scale per group of rows.
 
 Without this kernel, XLA would convert all of W to floats in memory. If x has few rows, most of the time is spent
-reading W. The kernel then multiplies x by the codes of each group, and scales the product instead of the weights, which
-only takes M * N multiplications per group. If x has many rows, most of the time is spent multiplying. The kernel then
-dequantizes blocks of W in VMEM while the MXU multiplies.
+reading W. In this case, the kernel multiplies x by the codes of each group, and scales the product instead of the
+weights, which only takes M * N multiplications per group. If x has many rows, most of the time is spent multiplying. In
+this case, the kernel dequantizes blocks of W in VMEM while the MXU multiplies.
 """
 
 import functools

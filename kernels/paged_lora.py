@@ -111,7 +111,7 @@ def own(route: Route, axes: Axes, rows: int) -> tuple[Route, Array | slice, Arra
     start, count = jax.lax.axis_index(axes) * rows, jnp.arange(len(route.row))
 
     def place(keep: Array) -> Array:
-        """Numbers the kept elements 0, 1, 2, ... in order. All other elements get P."""
+        """Numbers the kept elements 0, 1, 2, ... in order. All other elements get the number P."""
         return jnp.where(keep, jnp.cumsum(keep) - 1, len(count))
 
     def first(keep: Array) -> Array:

@@ -230,7 +230,7 @@ class Choice:
         self._tokenizer = lm.tokenizer
         self._tokens: deque[int | None] = deque()
         self._pieces = lm.pieces(request.prompt, iter(self._tokens.popleft, None))  # one per token, then the rest
-        self._held = ""  # text that is held back, since it may begin a stop string
+        self._held = ""  # text that is held back, since it may be the beginning of a stop string
         self._sent = 0  # number of characters of the answer before `_held`
         self._scores: deque[tuple[int, Score]] = deque()  # (index of the token's first character in the answer, score)
 
@@ -264,7 +264,8 @@ class Choice:
         return text, scores
 
     def logprobs(self, scores: list[tuple[int, Score]], chat: bool) -> dict | None:
-        """Converts scores to OpenAI's format. Returns None if the request did not ask for scores."""
+        """Converts the log-probabilities in `scores` to OpenAI's format. Returns None if the request did not ask for
+        them."""
         if self.request.top is None:
             return None
         if chat:

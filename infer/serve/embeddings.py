@@ -12,8 +12,8 @@ TEXTS = 2048  # maximum number of texts per request, as in OpenAI's API
 
 
 def answer(content: Mapping[str, object], embedders: Mapping[str, Embedder]) -> dict:
-    """Computes the response to a request, which is given as its JSON object. Raises Refused if any field is invalid or
-    not supported, so that no field is silently ignored."""
+    """Computes the response to a request. `content` is the request's JSON object. Raises Refused if any field is
+    invalid or not supported, so that no field is silently ignored."""
     content = {key: value for key, value in content.items() if value is not None}
     name = str(content.get("model"))
     if (embedder := embedders.get(name)) is None:

@@ -7,7 +7,8 @@ Bitsandbytes stores 4-bit codes of the flattened matrix, two per byte, in X.weig
 X.weight.quant_map. Its 8-bit format stores X.weight [N, K] as int8, and X.SCB [N].
 GPTQ with 4 bits stores X.qweight [K / 8, N], X.qzeros [G, N / 8], X.scales [G, N] and X.g_idx [K].
 AWQ with 4 bits stores X.qweight [K, N / 8], X.qzeros [G, N / 8] and X.scales [G, N].
-The fp8 format stores X.weight [N, K] in e4m3, with X.weight_scale_inv or X.weight_scale per tensor, row or block.
+The fp8 format stores X.weight [N, K] in e4m3, and one scale per tensor, row or block in X.weight_scale_inv or
+X.weight_scale.
 
 The dequantized values are exactly those that the tools compute themselves. The argument `folder` is a
 model.io.hf.Folder.

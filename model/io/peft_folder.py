@@ -155,7 +155,7 @@ class Folder:
         return tensors
 
     def _renamed(self, name: str) -> str:
-        """Returns a tensor's name as in a causal model, even if the base is a multimodal model."""
+        """Converts the name of a tensor, whose base may be a multimodal model, to its name in a causal model."""
         inner = name.removeprefix(ROOT)
         if self.body in ("model.", "transformer.") or not inner.startswith(self.body):
             head = inner.startswith("lm_head.") or not re.match(r"(.*\.)?lm_head\.", inner)

@@ -68,7 +68,7 @@ def rope_frequencies(config: ModelConfig, length: int | Array) -> tuple[Array, f
 def _llama3(freq: Array, factor: float, scaling: dict) -> Array:
     """Multiplies long wavelengths by `factor`, keeps short ones unchanged, and interpolates in between."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    # rotations within the original context length
+    # numbers of rotations within the original context length
     turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
     smooth = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
     return freq * (smooth + (1 - smooth) / factor)

@@ -2,8 +2,8 @@
 
 In this file, a row is one token position, and a chunk is a block of rows. Rows with weight 0 (prompts, padding) need no
 logits. They are sorted to the end, and the loop over chunks stops before them. So a loss on completions computes only
-the logits of completions. On a mesh, each shard of the batch and sequence axes sorts its own rows, and no row is sent
-to another device.
+the logits of completions. On a mesh, the rows of each shard of the batch and sequence axes are sorted separately, and
+no row is sent to another device.
 """
 
 import functools

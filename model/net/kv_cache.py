@@ -1,4 +1,4 @@
-"""The key-value cache. Values are stored as floats, or as 8-bit codes with one scale per token and head."""
+"""The key-value cache. Keys and values are stored as floats, or as 8-bit codes with one scale per token and head."""
 
 import functools
 from collections.abc import Callable
