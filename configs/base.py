@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # random seed of the initial weights, the order of the data, and dropout
     c.steps = 1000  # optimizer steps
-    c.epochs = 0.0  # passes over all training rows; if above 0, `steps` is computed from it and the number of rows
+    c.epochs = 0.0  # passes over all training rows; if above 0, `epochs` determines `steps`
     c.accum = 1  # micro-batches per step (gradient accumulation); more of them use less memory, with the same result
     c.init = ""  # initial weights: a model or run folder, .gguf file, packaged model or hub id; "": random weights
     c.trainable = "all"  # what to train: "all" (with peft: only the adapters), "adapters" or a regex on parameter paths
@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     c.data.cache = "~/.cache/kungfu/data"  # cache of tokenized documents, reused while the data is unchanged
 
     c.optim = ConfigDict()
-    c.optim.name = one_of("adamw", "adafactor", "lion", "muon")  # with muon, adamw updates all but the matrices
+    c.optim.name = one_of("adamw", "adafactor", "lion", "muon")  # muon updates only matrices, and adamw the rest
     c.optim.lr = 3e-4  # peak learning rate
     c.optim.schedule = one_of("cosine", "linear", "constant", "wsd")  # wsd: warm-up, constant learning rate, then decay
     c.optim.warmup = 0.05  # length of the warm-up: below 1 a fraction of the steps, otherwise a number of steps

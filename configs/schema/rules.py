@@ -20,7 +20,7 @@ SHARE, POSITIVE, COUNT, ANY_COUNT = "[0, 1]", "(0, inf)", "[1, inf)", "[0, inf)"
 FORMATS, SCORED = (methods.constant(methods.ROOT / "data/formats.py", name, {}) for name in ("FORMATS", "SCORED"))
 
 # {path: interval of numbers, or tuple of choices}. If the value of a key is a tuple, each element must be a choice.
-# Fixed choices are mostly listed in base.py; most choices here are names of files, or keys of other tables.
+# Most choices in this table are names of files or keys of other tables; other choices are mostly listed in base.py.
 ALLOWED: dict[str, str | tuple[str, ...]] = {
     "seed": "[0, 4294967296)",
     "steps": COUNT,
