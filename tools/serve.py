@@ -10,9 +10,9 @@ The server has the paths /v1/chat/completions, /v1/completions, /v1/embeddings (
 and /metrics (for Prometheus). The `model` of a request is the name of the model (--name, by default MODEL) or of an
 adapter (NAME=, by default the last part of its folder's path). Requests share one batch of --rows rows, and can join
 and leave the batch at any step. --length limits the total number of tokens in a prompt and its answer. If a request has
-a `seed`, its answer is the same as that of infer.generate with the same settings. Otherwise the answer is random.
-Requests with unsupported parameters are refused, unless the parameters have no effect. After SIGINT (Ctrl-C) or
-SIGTERM, the server answers its current requests and exits.
+a `seed`, its answer is the same as that of infer.generate with the same settings. Otherwise the answer is random. A
+request with an unsupported parameter is refused, unless the parameter's value has no effect on the answer. After SIGINT
+(Ctrl-C) or SIGTERM, the server answers its current requests and exits.
 """
 
 import sys

@@ -128,7 +128,7 @@ def _halves(roles: dict[str, Role], trees: Roles, mask: dict[str, Tree], shares:
         if roles[name].kind == "train":
             params[name] = trained
         elif roles[name].kind == "initial":
-            rest = trained  # a copy of the trained half at step 0; the frozen half is shared with the policy
+            rest = trained  # copies only what trains in the policy; the rest is shared with it
         if roles[name].kind != "train" or name not in shares:
             frozen[name] = rest
     return params, frozen

@@ -11,7 +11,7 @@ from train.init import Blueprint
 
 
 def blueprint(cfg: Config, devices: int = 0) -> Blueprint:
-    """Makes the Blueprint of a config, without real devices. If the number of devices is unknown (0), a mesh axis of -1
+    """Plans a run from its config, without real devices. If the number of devices is unknown (0), a mesh axis of -1
     counts as 1."""
     return init.blueprint(cfg, inputs.model(cfg), mesh.abstract_mesh(cfg.mesh, devices))
 

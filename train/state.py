@@ -17,8 +17,8 @@ Roles = dict[str, Params]
 
 @flax.struct.dataclass
 class TrainState:
-    """`params` and `frozen` are {role: tree}, the trained and the frozen half of each role's parameters. Each half has
-    None where the parameter is in the other half.
+    """The state of a run. `params` holds the trained half of each role's parameters, and `frozen` holds the frozen
+    half, both as {role: tree}. Each half has None in place of the parameters in the other half.
 
     Only `params` is differentiated, has optimizer state and is checkpointed; `frozen` is rebuilt from the config. A
     role that does not train is only in `frozen`. The method `role` combines both halves. A role may share the frozen

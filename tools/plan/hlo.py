@@ -1,7 +1,7 @@
 """Counts the bytes that a compiled program sends between devices and moves through memory, as read from its HLO text.
 
-The body of a loop is counted once per iteration. XLA may split an asynchronous collective into several fusions, which
-then all have a chain_id and the same channel. Such a collective is counted once. An all-reduce in an
+The body of a loop is counted once per iteration. XLA may split an asynchronous collective into several fusions. All of
+these fusions have a chain_id, and they share one channel. Such a collective is counted once. An all-reduce in an
 `all-reduce-scatter` fusion is counted as a reduce-scatter.
 """
 
