@@ -15,7 +15,7 @@ from evals.pairs import Pair
 from infer.embed import Embedder
 from infer.models import load
 
-LONGEST = 128  # the model reads at most this many tokens, from the end of a prompt and its answer
+LONGEST = 128  # the model reads only the last LONGEST tokens of a prompt and its answer
 CHUNK = 64  # number of pairs whose features are stored in one file
 
 

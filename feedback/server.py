@@ -50,7 +50,7 @@ UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\U000e0000-\U000e007f]"
 )
-MARKED = 2000  # this many such characters per text get an HTML element each; the others are shown as plain text
+MARKED = 2000  # this many of these characters per text get an HTML element each; the others are marked in plain text
 PART = 8000  # maximum length of each part of a long text, in characters
 
 
