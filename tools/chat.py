@@ -6,10 +6,10 @@
     echo "What is the capital of France?" | python -m tools.chat MODEL
 
 MODEL is a packaged model's name, a Hugging Face folder, a .gguf file, a hub id, a run folder or a bundle. In a
-terminal, each line is a turn, /reset clears the conversation, and /exit ends it. With --adapters, the first adapter
-answers until /adapter NAME switches to another adapter, or /adapter without a name to the base model. If the input
-comes from a pipe, all of it is one question. A model without a chat template continues the text. The speed and the time
-to the first token are printed to stderr.
+terminal, each line is a message, /reset clears the conversation, and /exit ends it. With --adapters, a conversation
+starts with the first adapter; /adapter NAME switches to another one, and /adapter without a name to the base model. If
+the input comes from a pipe, all of it is one question. A model without a chat template continues the text. The speed
+and the time to the first token are printed to stderr.
 """
 
 import sys
@@ -107,7 +107,7 @@ def ask(chat: Chat, text: str) -> int:
 
 
 def converse(chat: Chat) -> int:
-    """Reads turns from a terminal until /exit or the end of the input. Ctrl-C stops an answer."""
+    """Reads messages from a terminal until /exit or the end of the input. Ctrl-C stops an answer."""
     import readline  # noqa: F401  gives input() line editing and history
 
     temperature = chat.knobs["temperature"]

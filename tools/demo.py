@@ -1,11 +1,11 @@
-"""Compares the quality and cost of prompting, retrieval and LoRA on a task of skill and a task of knowledge.
+"""Compares the quality and cost of prompting, retrieval and LoRA on two tasks, one for skill and one for knowledge.
 
     python -m tools.demo [--out=runs/demo]
 
-The model is SmolLM2-135M-Instruct. The skill is to find dates in old speeches. The questions of knowledge ask in which
-year a person was born, and are answered with or without the person's Wikipedia article. Each stage is a command that
-you can run yourself. Its output is logged next to its results. If the demo is interrupted, run it again: it skips
-finished stages and resumes the interrupted comparison.
+The model is SmolLM2-135M-Instruct. The first task is to find dates in old speeches. The questions of the second task
+ask in which year a person was born, and are answered with or without the person's Wikipedia article. Each stage is a
+command that you can run yourself. Its output is logged next to its results. If the demo is interrupted, run it again:
+it skips finished stages and resumes the interrupted comparison.
 """
 
 import sys

@@ -9,7 +9,8 @@ SOURCE is a file, a folder or a built-in name, as in config.data.source, or seve
 Running the command again updates the index, or continues an interrupted build. --ask prints the k best chunks.
 --questions measures retrieval on rows with a `question` and its relevant `documents` (names as printed by --ask). Every
 search method is scored by recall@k, nDCG@10 and MRR@10 with 95 % intervals. --how chooses the search method: bm25,
-dense, or a fusion of the two, either mean (of both scores, scaled to [0, 1]) or rrf (reciprocal rank fusion).
+dense, or one of two combinations of both, which are mean (the mean of their scores, each scaled to [0, 1]) and rrf
+(reciprocal rank fusion).
 
 --embedder is a Hugging Face folder, a hub id, a packaged name, or a run that tuned such a model. In an existing index,
 a new embedder replaces the old one only if it is better on --questions: the 95 % interval of its gain in nDCG@10, with

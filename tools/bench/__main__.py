@@ -3,8 +3,8 @@
     python -m tools.bench [--what=train,sft,decode,small,adapters,methods,ask] [--rounds=3] [--out=runs/bench.json]
 
 The implementations (this code, torch, llama.cpp) run in separate processes and take turns, so that a slow minute of the
-machine affects all of them. The ratio of this project's speed to another implementation's is the median over the turns.
-All measurements and a description of the machine are written to --out.
+machine affects all of them. Every turn gives the ratio of this project's speed to that of each other implementation.
+The median of these ratios is printed. All measurements and a description of the machine are written to --out.
 
 On a GPU, all processes share its memory, so set the environment variables JAX_PLATFORMS=cuda
 XLA_PYTHON_CLIENT_PREALLOCATE=false, and use the options --model=llama2-7b --dtype=bfloat16. The reported memory is then
@@ -49,7 +49,7 @@ class Side(NamedTuple):
 
 class Contest(NamedTuple):
     title: str
-    sides: list[Side]  # what is compared: the first with each of the others
+    sides: list[Side]  # the first one is compared with each of the others
 
 
 @cli.command
@@ -80,7 +80,7 @@ def bench(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     console = Console()
-    alone = args.alone or args.model in SHAPES  # other libraries cannot load a shape, which has no weights
+    alone = args.alone or args.model in SHAPES  # a shape has no weights for other libraries to load
     missing = [] if alone else [name for name in TORCH if not importlib.util.find_spec(name)]
     if missing:
         console.print(f"{', '.join(missing)} not installed: only this project is measured")
@@ -178,8 +178,8 @@ def adapting(model: str, peers: str, _: str) -> Iterator[Contest]:
 
 
 def asking(model: str, peers: str, data: str) -> Iterator[Contest]:
-    """Compares the speed of answering questions after the same 12 solved examples, which are processed only once, or
-    again for every question."""
+    """Compares the speed of answering questions that all follow the same 12 solved examples. The examples are processed
+    only once, or again for every question."""
     case = dict(what="ask", data=data, questions=100, shots=12, new_tokens=16, rows=16)
     ours = case | {"model": model}
     sides = [Side("ours", OURS, ours | {"shared": True}), Side("ours, not shared", OURS, ours | {"shared": False})]
@@ -242,8 +242,8 @@ def exported(model: str, folder: Path) -> str:
 
 
 def measure(contest: Contest, rounds: int, dtype: str) -> Json:
-    """Runs `rounds` rounds, in which all sides take turns, and computes the ratios of the first side's results to the
-    results of each side. Sides that run this project's code compute in `dtype`."""
+    """Runs `rounds` rounds, in each of which every side runs once. Computes the ratios of the first side's results to
+    those of each side. Sides that run this project's code compute in `dtype`."""
     cases = [side.case | {"dtype": dtype} if side.module == OURS else side.case for side in contest.sides]
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker(side.module, case)) for side, case in zip(contest.sides, cases)]
@@ -275,8 +275,8 @@ def _number(x: float) -> float | None:
 
 
 def table(result: Json) -> Any:
-    """Formats one contest as a rich table. The ratio in a row is the value of the first row divided by the value of
-    that row."""
+    """Formats the results of one contest as a table of the package rich. The ratio in a row is the value of the first
+    row divided by the value of that row."""
     from rich.table import Table
 
     out = Table(title=result["title"], title_justify="left")

@@ -24,8 +24,8 @@ from tools.bench.worker import Round, asked, decoding, peak_memory, serve, timed
 
 
 def opened(model: str, dtype: str) -> tuple[Transformer, Params]:
-    """Opens a model by name. The name of a shape gives a model with random weights, which runs as fast as a trained
-    model."""
+    """Opens a model by name. If the name is a key of SHAPES, the weights are random; the model then runs as fast as a
+    trained one."""
     if model in SHAPES:
         random = build.network(ModelConfig.from_dict(SHAPES[model]), dtype)
         return random, jax.jit(random.init)(jax.random.key(0))
@@ -104,8 +104,8 @@ def decode(
     merged: bool = False,
     quant: dict | None = None,
 ) -> Callable[[], Round]:
-    """Decodes greedily after random prompts, optionally with an adapter of the method `peft`, to which noise is added,
-    or with quantized weights."""
+    """Decodes greedily after random prompts, optionally with quantized weights or with an adapter of the method `peft`.
+    Noise is added to the adapter's weights."""
     from infer.generate import generate, unrolled
     from model import weights
     from model.build import find
@@ -128,7 +128,7 @@ def decode(
 
 
 def adapters(model: str, ranks: list[int], batch: int, prompt: int, new_tokens: int, dtype: str) -> Callable[[], Round]:
-    """Decodes greedily with a different adapter on each row. Each round uses the next adapters.
+    """Decodes greedily with a different adapter on each row. Each round takes the next adapters of the list.
 
     The time to move the adapters to the device is included.
     """

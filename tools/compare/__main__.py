@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     args = options(argv)
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # leaves the accelerators to the jobs
+    jax.config.update("jax_platforms", "cpu")  # so that the jobs can use the accelerators
     machine = here()
     prices = plan.prices(machine, plan.price(args.price), args.chip)
     flops, seconds = plan.budget(args.budget, prices[-1]["usd_hour"] and prices[-1]["usd_hour"][1])
@@ -120,8 +120,8 @@ def names() -> list[str]:
 
 
 def candidates(c: Comparison, methods: list[str], most: int | None = None) -> tuple[list[Candidate], list[Json]]:
-    """Returns the candidates, at most `most` per method and model, and the record's entries for the methods that cannot
-    be used. Each of these entries gives the reason."""
+    """Returns (candidates, refused methods). There are at most `most` candidates per method and model. A refused method
+    cannot be used; its entry in the record gives the reason."""
     found, refused = [], []
     for name in methods:
         for model in c.bases:

@@ -63,7 +63,7 @@ class Way(NamedTuple):
 
 
 class Replay(Engine):
-    """Repeats a comparison under another budget, with the measurements of a complete record."""
+    """Repeats the decisions of a comparison for another budget, using the measurements in a complete record."""
 
     def __init__(self, full: Record, budget: float | None):
         self.full = full

@@ -18,11 +18,12 @@ import numpy as np
 from common.errors import UserError
 from common.types import Json
 
-DRAWS, BLOCK = 10_000, 500  # number of draws in total, and number that are computed at a time
+DRAWS, BLOCK = 10_000, 500  # total number of draws; number of draws that are computed at a time
 ENOUGH = 0.8  # the page recommends a method only if its probability of being the best is at least this
 LEAST = 30  # minimum number of test rows for a recommendation; with fewer rows, a bootstrap is overconfident
 MOST_ROWS = 1_000_000
-DOUBT = {"requests": 3, "price": 2, "labels": 3, "documents": 3, "margin": 2}  # factors by which these may be wrong
+# {input: factor by which the given value may be wrong, as one standard deviation of its logarithm}
+DOUBT = {"requests": 3, "price": 2, "labels": 3, "documents": 3, "margin": 2}
 FAR = 1000  # the largest factor by which an input is changed to find out if the recommendation changes
 
 
@@ -82,14 +83,14 @@ class Decision(NamedTuple):
     options: list[Option]
     cost: np.ndarray  # cost per month [3, options] at the lowest, expected and highest price; infinite if unknown
     probability: np.ndarray  # each option's probability of being the best [options]
-    flips: list["Flip"]  # the most likely first
-    lost: tuple[
-        float, float, float
-    ]  # (fraction of the draws in which the first option is not the best, mean score and mean cost lost in these draws)
+    flips: list["Flip"]  # changes that make another option the best, the most likely one first
+    # (fraction of the draws in which another option than the first is the best; how much lower the first option's score
+    # and how much higher its cost per month are than those of the best option, averaged over these draws)
+    lost: tuple[float, float, float]
     rows: int  # number of test rows
     rows_needed: int | None  # test rows needed to decide; None if `rows` is enough; MOST_ROWS if more rows do not help
     grid: np.ndarray  # the numbers of requests per month for which `curve` is computed
-    curve: np.ndarray  # each option's probability of being the best [grid, options] at each number of requests
+    curve: np.ndarray  # [grid, options]: each option's probability of being the best at each number of requests
     has_documents: bool
 
     @property
@@ -273,8 +274,8 @@ def _lost(draws: _Draws, given: Inputs) -> tuple[float, float, float]:
 
 
 def _rows_needed(draws: _Draws, given: Inputs) -> int | None:
-    """Returns None if there are enough test rows. Otherwise estimates with how many rows some method would be the best
-    with a probability of at least ENOUGH."""
+    """Returns None if there are enough test rows. Otherwise estimates the number of rows at which one of the methods
+    would be the best with a probability of at least ENOUGH."""
     n = draws.found[0].scores.shape[1]
     if draws.probability(given)[0] >= ENOUGH:
         return None if n >= LEAST else LEAST

@@ -100,7 +100,7 @@ class Engine:
                 return [(x, rung["train"], seeds[0], f"rung{number}") for x in left]
             alive = self._known(decision["kept"])
         if self.r.rungs:
-            seeds = seeds[1:]  # the last rung already trained with the first seed on all rows
+            seeds = seeds[1:]  # in the last rung, candidates were already trained with the first seed on all rows
         every = [x for x in (alive if self.r.rungs else halving.first(self.found)) if x.trained]
         return [(x, len(self.c.task.scored["train"]), seed, f"seed{seed}") for x in every for seed in seeds]
 
@@ -222,8 +222,8 @@ class Engine:
         self._save()
 
     def _test(self, group: list[Candidate]) -> None:
-        """Scores candidates on the test rows. A candidate that needs training is tested in a group of its own, once per
-        seed. Other candidates can share a command."""
+        """Scores candidates on the test rows. A candidate that needs training is tested alone, once per seed. Other
+        candidates can share a command."""
         first = group[0]
         for x in group:
             self._method(x)["candidate"] = x.id
@@ -245,7 +245,8 @@ class Engine:
         named = [x for x in group if final and not self.c.bases[x.model].hosted]
         text = [x.id for x in named if x.trained or x.name == halving.BASELINE]
         what = Asked("test", len(self.c.task.scored["test"]), final, bool(text))
-        again = bool(final and rungs and first.trained)  # the last rung already trained with this seed on all rows
+        # In the last rung, the candidate was already trained with the first seed on all rows.
+        again = bool(final and rungs and first.trained)
         folder = self.c.out / rungs[-1]["run"] if again else self._folder(group, f"seed{seed}")
         stages, commands = [], []
         if first.trained:
@@ -318,7 +319,8 @@ class Engine:
 
     def _failing(self, group: list[Candidate], why: str, again: Callable[[Candidate], None]) -> None:
         """Handles a failed command. If several candidates shared it, retries them one by one. Otherwise records that
-        the candidate failed. The method fails with its last candidate, or with the candidate chosen for the test."""
+        the candidate failed. The method fails, too, if none of its candidates is left or if the candidate was the one
+        chosen for the test."""
         if len(group) > 1:
             for x in group:
                 again(x)

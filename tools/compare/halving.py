@@ -12,7 +12,7 @@ from common.types import Json
 from evals import paired
 from tools.compare.method import Candidate
 
-ETA = 3  # from one rung to the next, training rows grow by a factor of ETA and settings shrink to 1 / ETA
+ETA = 3  # each rung has ETA times as many training rows as the one before it, and 1 / ETA of its settings
 ROWS = (50, 100, 200)  # maximum number of validation rows in each of the last three rungs
 LEAST = 24  # minimum number of training rows in a rung
 BASELINE = "zero_shot"  # always tested, because the other methods are compared with it
@@ -31,8 +31,9 @@ class Drop(NamedTuple):
 
 
 def rungs(n: int, train: int, validation: int) -> list[Json]:
-    """Returns up to `n` rungs. Each has a share of the training rows, the number of these rows, and the number of
-    validation rows. The last rung trains on all rows. Earlier rungs with fewer than LEAST training rows are left out.
+    """Returns up to `n` rungs. For each, gives the fraction of the training rows that it uses, their number, and the
+    number of validation rows. The last rung trains on all rows. Earlier rungs with fewer than LEAST training rows are
+    left out.
     """
     shares = [ETA**-i for i in reversed(range(n))]
     kept = [share for share in shares if share == 1 or share * train >= LEAST]
@@ -70,7 +71,7 @@ def methods(
 
     If `full` is false, methods have trained on only part of the rows, so a trained method may still improve. It is
     dropped only if it would stay clearly worse after improving once more by as much as it did since the previous rung.
-    It is kept if `before` has no result for it from that rung.
+    If `before` returns no result of the previous rung for it, it is kept.
     """
     best = {key: max((x for x in alive if x.key == key), key=lambda x: result(x)["mean"]) for key in _keys(alive)}
     leader = max(best.values(), key=lambda x: result(x)["mean"])
@@ -100,9 +101,9 @@ def affordable(
     the best score is paid for first, then BASELINE, then the other methods in order of their scores.
 
     `now(x)` returns the FLOPs that candidate x needs in the next rung, and `later(x)` the FLOPs that it needs from then
-    until it is tested. Part of the budget is reserved for `later`: that of BASELINE, which is never dropped for its
-    score, and that of the most expensive other candidate, so that it too can be tested. If `must` is true, the
-    candidate with the best score is kept even if the budget is too small.
+    until it is tested. Part of the budget is reserved for the later FLOPs of two candidates: BASELINE, which is never
+    dropped because of its score, and the most expensive of the others, so that each of them can still be tested. If
+    `must` is true, the candidate with the best score is kept even if the budget is too small.
     """
     if left is None:
         return list(alive), []

@@ -135,8 +135,8 @@ def _hosted(model: str, rows_of: Task) -> Base:
 
 
 def config(changes: dict[str, Leaf]) -> schema.Config:
-    """Returns the config of a training run. Unless `changes` sets the data source, which may not be written yet, the
-    config has another source in its place."""
+    """Returns the config of a training run. If `changes` sets no data source, because its file may not be written yet,
+    the config has another source instead."""
     changes = {"data.source": "pydocs", "data.eval_source": "", **changes}
     return schema.resolve(schema.read(str(schema.overrides.CHECKOUT / CONFIG)), changes, [], CONFIG)[0]
 

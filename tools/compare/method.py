@@ -58,15 +58,15 @@ class Candidate(NamedTuple):
 
 
 def trained(c: Comparison, model: str, label: str, how: str, settings: Iterable[Setting]) -> Method:
-    """Makes a method that trains. The method is refused for a hosted model, which cannot be trained."""
+    """Makes a method that trains the model. The method is refused for a hosted model, which cannot be trained."""
     if c.bases[model].hosted:
         return Method(label, how, refused="the weights of a hosted model are not on this machine")
     return Method(label, how, tuple(settings))
 
 
 def reading(c: Comparison, model: str, label: str, how: str, fits: Callable[[int], list[Setting]]) -> Method:
-    """Makes a method that reads retrieved passages. `fits(n)` returns the settings with at most n passages per
-    question."""
+    """Makes a method whose prompts contain retrieved passages. `fits(n)` returns the settings with at most n passages
+    per question."""
     room = c.room(model, PASSAGE)
     if not c.documents:
         return Method(label, how, refused="no documents were given: --documents=SOURCE")

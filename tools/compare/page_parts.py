@@ -148,8 +148,8 @@ def live(d: Decision, path: list[str]) -> Json:
 
 
 def curve(d: Decision) -> tuple[Markup, list[str]]:
-    """Returns a chart of each method's probability of being the best against the requests per month, and for each
-    position of the slider the mark to draw in the chart."""
+    """Returns (chart, marks). The chart shows each method's probability of being the best as a function of the requests
+    per month. There is one mark for each position of the slider, to be drawn in the chart."""
     series = [
         (o.label, f"c{i % 8} dash{i % DASHES}", list(zip(d.grid, d.curve[:, i], strict=True)))
         for i, o in enumerate(d.options)
@@ -160,7 +160,8 @@ def curve(d: Decision) -> tuple[Markup, list[str]]:
 
 
 def break_even(d: Decision) -> Iterator[str]:
-    """Yields one sentence per other method, which says at what numbers of requests the chosen method is cheaper."""
+    """Yields one sentence for each method other than the chosen one, which says at what numbers of requests per month
+    the chosen method is cheaper than it."""
     none = d.given._replace(requests=0.0)
     fixed = decide.cost(d.options, d.price, none, [[d.price.per_flop[1]]], d.has_documents)[0]
     lines = [(x, each(d.price, o)) for x, o in zip(fixed, d.options, strict=True)]

@@ -93,8 +93,8 @@ class Record:
 
 
 def load(out: Path) -> Record | None:
-    """Loads the record of a folder, or returns None if the folder has no record. Raises UserError if another version of
-    the format was written."""
+    """Loads the record of a folder, or returns None if the folder has no record. Raises UserError if the record has
+    another version of the format."""
     if not (out / NAME).exists():
         return None
     found = files.load_json(out / NAME)
@@ -105,8 +105,8 @@ def load(out: Path) -> Record | None:
 
 
 def resumed(asked: Record, out: Path) -> Record:
-    """Returns the folder's record, updated with the prices and requests of `asked`. If the folder has no record,
-    returns `asked`. Raises UserError if the other inputs of the record differ from those of `asked`.
+    """Returns the folder's record, with its prices and requests replaced by those of `asked`. If the folder has no
+    record, returns `asked`. Raises UserError if any other inputs of the two records differ.
     """
     found = load(out)
     if found is None:

@@ -16,7 +16,7 @@ from tools.compare.inputs import Comparison
 from tools.compare.method import Candidate
 from tools.report import data as report
 
-TEXT, PASSAGES = "pydocs", 12  # forgetting is the rise of the loss on this many passages of this general text
+TEXT, PASSAGES = "pydocs", 12  # forgetting is the rise of the loss on this general text; number of passages from it
 LATENCY = 10  # number of requests sent one at a time to measure the latency
 LEFT_OUT = ("time", "gas", "model")  # fields of an evals.jsonl line that are not copied to the record
 
@@ -63,8 +63,8 @@ def check_documents(c: Comparison) -> None:
 
 
 def train(c: Comparison, x: Candidate, rows: int, seed: int, folder: Path) -> tuple[Stage, list[str]]:
-    """Returns the stage that trains a candidate on the first `rows` training rows, and the stage's command. Writes the
-    training data to OUT/rows."""
+    """Returns (stage, command) for training a candidate on the first `rows` training rows. Writes the training data to
+    OUT/rows."""
     asked, context = x.setting.ask, c.bases[x.model].context
     path = c.out / "rows" / f"train-{rows}{f'-{asked.k}-passages' if asked.index else ''}.jsonl"
     path.parent.mkdir(exist_ok=True)
@@ -91,7 +91,7 @@ def trained(folder: Path) -> float:
 
 
 def together(x: Candidate) -> tuple:
-    """Returns a key such that one command can score all candidates with equal keys."""
+    """Returns a key. One command can score all candidates that have the same key."""
     how = x.setting.ask
     if x.trained or how.index:
         return (x.id,)
@@ -99,8 +99,8 @@ def together(x: Candidate) -> tuple:
 
 
 def ask(c: Comparison, group: Sequence[Candidate], what: Asked, folder: Path) -> tuple[Stage, list[str]]:
-    """Returns the stage in which a group of candidates answers questions, and the stage's command, which writes the
-    results to `folder`."""
+    """Returns (stage, command) for letting a group of candidates answer questions. The command writes the results to
+    `folder`."""
     first, each = group[0], [x.setting.ask for x in group]
     argv = ["evals.main", f"--model={folder if first.trained else first.model}", f"--tasks={c.task.spec}{inputs.TEST}"]
     argv += [f"--n={what.n}", f"--out={folder}"]
@@ -122,8 +122,8 @@ def ask(c: Comparison, group: Sequence[Candidate], what: Asked, folder: Path) ->
 
 
 def result(x: Candidate, what: Asked, folder: Path) -> Json | None:
-    """Returns a candidate's newest result in `folder`, in the format of the record. Returns None if it, or the loss on
-    general text that `what` asks for, has not been measured."""
+    """Returns a candidate's newest result in `folder`, in the format of the record. Returns None if there is no such
+    result, or if `what` also asks for the loss on general text and that has not been measured."""
     split = "heldout" if what.split == "test" else what.split
     key = split, what.n, x.setting.ask.to_dict()
     lines = [line for line in files.read_lines(folder / "evals.jsonl") if "task" in line]
