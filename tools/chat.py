@@ -64,7 +64,7 @@ class Chat:
     def __init__(self, lm: "LM", system: str, knobs: dict[str, float | int | str]):
         self.lm, self.knobs = lm, knobs
         self.adapter = next(iter(lm.store.adapters)) if lm.store else None
-        self.compiled = False  # set by the first answer, which waits for compilation
+        self.compiled = False  # becomes True with the first answer, which waits for compilation
         self.start = [{"role": "system", "content": system}] if system else []
         self.reset()
 

@@ -1,7 +1,8 @@
 """Inspects experiments without running them.
 
-    python -m tools.config show --config=configs/X.py[:ARG] [--config.key=value ...]   all keys; *: changed from base.py
-    python -m tools.config diff A B           the keys that differ; A and B are config files or run folders
+    python -m tools.config show --config=configs/X.py[:ARG] [--config.key=value ...]
+                                              shows all keys; * marks those that differ from configs/base.py
+    python -m tools.config diff A B           shows the keys that differ; A and B are config files or run folders
     python -m tools.config check [FILE ...]   checks config files, by default all under configs/
 
 If there are problems, all of them are printed to stderr, and the exit code is 2.

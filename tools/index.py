@@ -105,8 +105,8 @@ def _progress(done: int, total: int) -> None:
 
 
 def questions(path: str) -> list[tuple[str, dict[str, float]]]:
-    """Reads (question, {document: gain}) from a file of rows. Raises UserError for a row without a question or
-    documents."""
+    """Reads a list of (question, {relevant document: its gain in nDCG}) from a file of rows. Raises UserError for a row
+    without a question or documents."""
     from data import files as rows
 
     found = []

@@ -16,7 +16,7 @@ from model.net.attention import Context
 from model.net.layers import ACTIVATIONS, Block, Layer
 
 SHARPNESS = 8.0  # c of eq. 6
-DECAYS = (0.9, 0.999)  # range from which the initial values of a^c are drawn uniformly
+DECAYS = (0.9, 0.999)  # range of the initial decay factors a^c, which are drawn uniformly
 STEEPEST = 1000.0  # upper limit on the derivative of the square root in eq. 4, which is infinite at a = 1
 
 

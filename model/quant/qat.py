@@ -71,7 +71,7 @@ def _forward(use: Callable, x: Array, w: Array, live: Array | None, encode: Call
 
 
 def _backward(use: Callable, encode: Callable, residuals: tuple, g: Array) -> tuple:
-    """Returns the gradients for x and w: for x with the quantized weight, and for w as if it were not rounded."""
+    """Returns the gradients for x and w. That for x uses the quantized weight, and that for w ignores the rounding."""
     x, w, live = residuals
     moves = jnp.issubdtype(x.dtype, jnp.inexact)
     by_x = lambda leaf: jax.vjp(lambda x: use(x, leaf), x)[1](g)[0]

@@ -118,7 +118,8 @@ def gas(rung: Json) -> float:
 
 
 def ways(record: Record) -> list[Way]:
-    """Returns the result of every way to choose a method. Raises UserError unless the record measured every setting."""
+    """Returns the result of every way to choose a method. Raises UserError unless the comparison measured every
+    setting."""
     tested = [m for m in record.methods if m["status"] == "tested"]
     if record.budget["asked"] != plan.ALL or len(tested) < 2 or len(record.rungs) < 2:
         raise UserError("the comparison did not measure every setting", "", "repeat it with --budget=all --rungs=3")

@@ -222,8 +222,8 @@ class Engine:
         self._save()
 
     def _test(self, group: list[Candidate]) -> None:
-        """Scores candidates on the test rows. A candidate that needs training is tested alone, once per seed. Other
-        candidates can share a command."""
+        """Scores candidates on the test rows. A candidate that needs training shares its command with no other, and is
+        tested once per seed. Other candidates can share a command."""
         first = group[0]
         for x in group:
             self._method(x)["candidate"] = x.id

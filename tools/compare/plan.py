@@ -17,7 +17,7 @@ from tools.compare.inputs import Comparison
 from tools.compare.method import PASSAGE, Candidate
 
 MFU = 0.2, 0.5  # assumed range of the speed, as fractions of a chip's peak FLOP/s
-OF_PRODUCT = 0.1, 0.6  # assumed range, as fractions of the FLOP/s that this machine reaches in matrix products
+OF_PRODUCT = 0.1, 0.6  # assumed range of this machine's speed, as fractions of the FLOP/s that it reaches in matrix products
 ALL = "all"  # the --budget with which no setting is dropped before the last rung, as tools.compare.audit needs
 ROOM = 32  # assumed answer length, in tokens, for a model that does not stop on its own
 
