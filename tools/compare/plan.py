@@ -16,8 +16,8 @@ from tools.compare.halving import BASELINE, ETA, measured
 from tools.compare.inputs import Comparison
 from tools.compare.method import PASSAGE, Candidate
 
-MFU = 0.2, 0.5  # assumed range of the speed, as fractions of a chip's peak FLOP/s
-OF_PRODUCT = 0.1, 0.6  # assumed range of this machine's speed, as fractions of the FLOP/s that it reaches in matrix products
+MFU = 0.2, 0.5  # assumed range of the speed, as fractions of the peak FLOP/s of a chip
+OF_PRODUCT = 0.1, 0.6  # assumed range, as fractions of the FLOP/s of this machine in matrix products
 ALL = "all"  # the --budget with which no setting is dropped before the last rung, as tools.compare.audit needs
 ROOM = 32  # assumed answer length, in tokens, for a model that does not stop on its own
 
