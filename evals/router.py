@@ -29,8 +29,8 @@ class Route(NamedTuple):
 
 def route(p: np.ndarray, people: int, audit: float, seed: int = 0) -> Route:
     """Chooses the items that people label. `people` is the number of items that people have time to label. A fraction
-    `audit` of these labels is spent on random items. The rest is spent on the items about which the judge is least
-    sure, that is, whose first answer it prefers with a probability p [n] nearest to one half."""
+    `audit` of these items is drawn at random. The others are the items about which the judge is least sure, that is,
+    whose first answer it prefers with a probability p [n] nearest to one half."""
     count = min(people, len(p))
     random = round(count * audit)
     # a random order, which breaks ties between items with equal p
