@@ -34,9 +34,9 @@ class OFT(Weight):
         """Returns the blocks [..., blocks, b, b] of R, computed from Q.
 
         If `terms` is 0, R is the Cayley transform (I - Q)(I + Q)^-1. Otherwise, R is a truncated series for (I + Q)(I -
-        Q)^-1, which has `terms` terms: I + 2 Q + 2 Q^2 + ... + Q^(terms - 1) (Qiu et al. 2025, arXiv 2506.19847). The
-        signs and the coefficient of the last term are the same as in PEFT. A truncated series is close to orthogonal
-        only if Q is small.
+        Q)^-1, which has `terms` terms: I + 2 Q + 2 Q^2 + ... + Q^(terms - 1) (Qiu et al. 2025, arXiv 2506.19847). As in
+        PEFT, these signs differ from those of the Cayley transform, and the coefficient of the last term is 1. A
+        truncated series is close to orthogonal only if Q is small.
         """
         if self.cached is not None:
             return self.cached
