@@ -150,7 +150,7 @@ def _check(report: dict, source: str, max_bad: float) -> None:
         problem = f"{report['bad']} of {total} records are bad: {'; '.join(causes(report['causes']))}"
         raise UserError(problem, source, "fix them, or raise data.max_bad")
     if not report["documents"]:
-        raise UserError("no records", source)
+        raise UserError("no records", source, "check that the file has rows below its header")
 
 
 def causes(found: dict[str, tuple[int, str]]) -> list[str]:

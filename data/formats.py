@@ -123,7 +123,7 @@ def read(record: dict, form: str = "auto", fields: dict[str, str] | None = None)
     fields = fields or {}
     for ours, theirs in fields.items():
         if theirs not in record:
-            raise UserError(f"no column {theirs!r} (for {ours})")
+            raise UserError(f"no column {theirs!r} (for {ours}); the columns are {', '.join(map(str, record))}")
     if form not in FORMATS:
         raise UserError(f"unknown format {form!r}", "data.format", f"one of {' '.join(FORMATS)}")
     seen = Record(record | {ours: record[theirs] for ours, theirs in fields.items()})

@@ -159,7 +159,7 @@ def _read(source: str, options: dict[str, str], listed: bool) -> dict[str, list[
         fix = "fix or remove them" if good else "name the columns: FILE:prompt=COLUMN:completion=COLUMN"
         raise UserError(f"{bad:,} of {good + bad:,} rows are not a question with an answer: {reasons}", source, fix)
     if not good:
-        raise UserError("there are no rows", source)
+        raise UserError("there are no rows", source, "check that the file has rows below its header")
     return found
 
 
@@ -176,7 +176,8 @@ def _row(record: dict, options: dict[str, str], listed: bool) -> dict:
     for ours, theirs in options.items():
         if ours in COLUMNS:
             if theirs not in record:
-                raise UserError(f"there is no column {theirs!r} (for {ours})")
+                columns = ", ".join(map(str, record))
+                raise UserError(f"there is no column {theirs!r} (for {ours}); the columns are {columns}")
             record = record | {ours: record[theirs]}
     column = next((c for c in ANSWERS if c in record and record[c] is not None), "")
     given = references(record[column], column, listed) if column else None

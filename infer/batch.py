@@ -61,7 +61,7 @@ class Request:
         self.tokens: list[int] = []
         self.logps: list[float] = []  # log-probabilities of `tokens`; see infer.sample.sample
         self.scores: list[Score] = []  # one Score per token, if requested
-        self.stopped = False  # whether the caller or an end token ended the answer; `tokens` includes the end token
+        self.stopped = False  # True if the caller or an end token, which `tokens` includes, ended the answer
         self.cancelled = False  # set this to True to make the request leave the batch
 
     def add(self, token: int, logp: float) -> bool:

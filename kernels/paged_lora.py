@@ -210,7 +210,8 @@ def _read(stack: Array, page: Array, dtype: DTypeLike) -> Array:
 
 
 def _fold(some: Callable, route: Route, start: Array, rows: int) -> Array:
-    """Loops over all pairs. Each step replaces the result by `some(pairs, their pages, their rows, result)`.
+    """Loops over all pairs of a row and a page. Each step calls `some` with the numbers of some pairs, the pages and
+    rows of these pairs, and the result so far; the call returns the new result.
 
     With one token per row, a step processes B pairs. With more tokens per row, a step processes one pair, as a product
     of matrices.

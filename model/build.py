@@ -53,9 +53,9 @@ def network(
 def model(cfg: Config, pretrained: Shaped | None, vocab_size: int | None = None) -> Transformer:
     """Returns the model that a run's config describes.
 
-    Its shape is that of `pretrained`, or a named shape such as "llama3-8b". The config may override individual sizes of
-    a named shape. `vocab_size` is the size of the tokenizer's vocabulary. For a randomly initialized model, it is
-    rounded up to a multiple of 64, because matrices of such sizes are multiplied fast on all accelerators. Raises
+    Its sizes are those of `pretrained`, or of a known model such as "llama3-8b". The config may override individual
+    sizes of a known model. `vocab_size` is the size of the tokenizer's vocabulary. For a randomly initialized model, it
+    is rounded up to a multiple of 64, because matrices of such sizes are multiplied fast on all accelerators. Raises
     UserError if the shape, the config's `init` and the tokenizer do not fit together.
     """
     c = cfg.model

@@ -76,7 +76,7 @@ def test_every_command_is_a_verb_with_a_line(capsys):
     for verb, module in door.verbs().items():
         assert util.find_spec(module), module
         line = next(line for line in listed.splitlines() if line.startswith(f"  {verb} "))
-        assert door.first_line(module) and len(line) <= 130, line
+        assert door.first_line(module) and line.endswith(".") and len(line) <= 130, line
     modules = set(door.verbs().values())
     for package in ("train", "evals", "infer", "tools"):
         for path in (ROOT / package).rglob("*.py"):

@@ -151,7 +151,7 @@ def test_rewards_are_weighted_sums_of_their_parts(tmp_path, monkeypatch):
     many = reward.load("mine:size")(["Q"] * 200, ["x" * i for i in range(200)], [{}] * 200)
     assert many == list(range(200))
     for spec, problem in {
-        "mine:odd": "not finite", "mine:none": "cannot be imported", "scorers:exact": "did you mean scorer",
+        "mine:odd": "one finite reward", "mine:none": "cannot be imported", "scorers:exact": "did you mean scorer",
         "scorer:exakt": "exact", "rule:length": "no rule", "length": "is not", "x*rule:ends": "is not",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=problem):

@@ -5,12 +5,11 @@
 
 A SOURCE is a run folder, a PEFT folder or a complete model. The update of a SOURCE is its weights minus the weights of
 MODEL, times FACTOR (default 1; negative factors remove a skill). The method linear sums the updates (arXiv 2212.04089).
-The method ties keeps only the fraction --density of each update's elements that have the largest magnitudes, and
-resolves conflicting signs by vote (arXiv 2306.01708). The method dare keeps a random fraction --density of the elements
-(arXiv 2311.03099). The result is a Hugging Face folder or, with --rank, a PEFT folder. With --rank, the update of each
-changed matrix is approximated by a LoRA of rank R, using a truncated SVD, and the error of the approximation is
-printed.
-"""
+The method `ties` keeps only the elements of each update that have the largest magnitudes (a fraction --density), and
+resolves conflicting signs by vote (arXiv 2306.01708). The method `dare` keeps a random fraction --density of the
+elements (arXiv 2311.03099). The result is a Hugging Face folder or, with --rank, a PEFT folder. With --rank, the update
+of each changed matrix is approximated by a LoRA of rank R, using a truncated SVD, and the error of the approximation is
+printed."""
 
 import math
 import sys

@@ -1,5 +1,4 @@
-"""Measures how well judge models, reward models, a bag-of-words model and the rule "longer is better" predict
-preferences.
+"""Measures how well judge models, reward models, a bag of words and "longer is better" predict preferences.
 
     python -m tools.judge --pairs=FILE [--judges=MODEL,...] [--rewards=SPEC ...] [--features=MODEL] [--n=N] [--folds=5]
                           [--label_seconds=SECONDS] [--wage=DOLLARS] [--seed=0] --out=FOLDER

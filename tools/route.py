@@ -14,9 +14,9 @@ The second form compares the judge's probabilities with people's votes. Only the
 show how often the judge is right on the items that it labels itself.
 
 The third form shows how much labels help. It trains a linear reward model on frozen features with more and more of the
-existing labels, and measures its accuracy at each number of labels in --labels. It does so for three orders of the
-labels: at random, the pairs with the most uncertain predictions first, and the pairs on which the model and a judge
-disagree most first. --verdicts is a folder with this judge's verdicts, written by tools.judge. Without it, the rule
+existing labels, and measures its accuracy at each number of labels in --labels. It does so for three orders in
+which pairs could be labeled: random, most uncertain prediction first, and largest disagreement between the model and a
+judge first. --verdicts is a folder with this judge's verdicts, written by tools.judge. Without it, the rule
 "longer is better" takes the place of the judge.
 """
 

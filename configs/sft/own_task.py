@@ -7,7 +7,8 @@ The file is .csv, .jsonl, .json or .parquet. Its columns are question and answer
 columns have other names, rename them with --config.data.fields. A fifth of the rows is the test set, on which `python
 -m evals.main --tasks=rows.csv` scores the model, and a tenth is the validation set (see data/splits.py). Add
 --config.init=FOLDER to train another model. To fine-tune all weights instead of LoRA, set --config.peft.name to the
-empty string and --config.optim.lr to 3e-5.
+empty string and --config.optim.lr to 3e-5. If you have fewer than about 500 rows, train longer, for example with
+--config.epochs=8.
 
 Hardware: a laptop CPU, 3 GB of memory; a few minutes for several hundred short rows. Expected: the held-out loss
 ("nll", measured every 20 steps) falls. Run evals.main to measure whether the answers improve.

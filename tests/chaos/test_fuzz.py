@@ -156,10 +156,10 @@ CASES = {  # what is wrong -> (change, reader, what the one line says; "" where 
     "10^9 ids of padding": (
         changed("base/tokenizer.json", padding={"strategy": {"Fixed": 10**9}, "direction": "Right",
                 "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}), TOKENIZER, ""),
-    "a token of id 10^9": (token(10**9), TOKENIZER, "one has the id 1,000,000,000"),
+    "a token of id 10^9": (token(10**9), TOKENIZER, "one of them has the id 1,000,000,000"),
     "a pattern that explodes": (pattern("(a+)+$"), TOKENIZER, "retry-limit-in-match over"),
     "no ids of the end": (changed("base/tokenizer_config.json", extra_eos_ids=["x", -1, 2**70, [1]]), TOKENIZER, ""),
-    "a piece of 200 kB": (pieces("a" * 200_000), fuzz.read_tokenizer("tokenizer.model"), "a piece of 200,000 char"),
+    "a piece of 200 kB": (pieces("a" * 200_000), fuzz.read_tokenizer("tokenizer.model"), "a piece has 200,000"),
     "many long pieces": (
         pieces(*("a" * n for n in range(800, 1025))), fuzz.read_tokenizer("tokenizer.model"), ""),
     "10^6 blocks": (header(block_count=10**6), GGUF, "1,000,000 layers, but the files"),

@@ -80,7 +80,7 @@ def bench(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     console = Console()
-    alone = args.alone or args.model in SHAPES  # a shape has no weights for other libraries to load
+    alone = args.alone or args.model in SHAPES  # a mere shape has no weights to load elsewhere
     missing = [] if alone else [name for name in TORCH if not importlib.util.find_spec(name)]
     if missing:
         console.print(f"{', '.join(missing)} not installed: only this project is measured")

@@ -23,7 +23,7 @@ LEAST = {"train": 20, "validation": 5, "test": 10}  # minimum number of rows in 
 SHARE, STEPS = 1024, 8  # maximum number of tokens per training step; minimum number of steps per epoch
 BYTES, WINDOW = 4, 8000  # assumed for hosted models: bytes per token, and context length in tokens
 CONFIG = "configs/sft/own_task.py"
-TEST = ":split=test"  # splits the rows even if the file has a name like "test.csv", for which all would be test rows
+TEST = ":split=test"  # without it, all rows of a file named "test.csv" would be test rows
 
 
 class Task(NamedTuple):

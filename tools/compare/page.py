@@ -107,7 +107,7 @@ def to_json(d: Decision, record: Json) -> Json:
 def markdown(d: Decision, record: Json) -> str:
     told, head = page_text.answer(d, record), parts.main_table(d, record)
     lines = [f"# {told.title}", "", _meta(d, record), "", told.reasons, ""]
-    titles = ("How sure", "What would change it", "If it is wrong", "What best means")
+    titles = ("How sure", "Changes", "If it is wrong", "The rule")
     lines += [f"- **{title}**: {text}" for title, text in zip(titles, told[2:], strict=True)]
     lines += ["", "## Methods", "", "| | " + " | ".join(f"{a}, {b}" if b else a for a, b in head.heads[1:]) + " |"]
     lines.append("|---" * len(head.heads) + "|")

@@ -185,7 +185,7 @@ def _rule(d: Decision) -> str:
 
 def more_rows(curve: Curve | None, o: Option | None) -> str:
     if curve is None or o is None:
-        return "It is not known how much more training rows would help: fewer than two sizes were measured."
+        return "The benefit of more training rows is unknown, because fewer than two numbers of rows were measured."
     now, span = curve.last, f"95 % interval {percent(curve.low)} to {percent(curve.high)}"
     text = f"On validation rows, {named(o)} scores {percent(now['mean'])} with {integer(now['rows'])} training rows"
     text += f" and may score {percent(curve.mean)} with {integer(curve.rows)} ({span}). This is an extrapolation from"

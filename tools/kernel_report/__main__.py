@@ -1,5 +1,4 @@
-"""Estimates the cost of the kernels in `kernels/` on TPUs that need not be present, from the schedules that libtpu
-compiles.
+"""Estimates the cost of `kernels/` on TPUs that need not be present, from the schedules that libtpu compiles.
 
     python -m tools.kernel_report --chip=v5e,v5p,v6e,tpu7x [--shapes=quick|all] [--only=REGEX] [--json]
     python -m tools.kernel_report --chip=h100|gpu ...

@@ -1,5 +1,4 @@
-"""Prints or runs the exact commands for an experiment on another machine, from the quota check to the report and
-cleanup.
+"""Prints or runs the commands for an experiment on another machine, from the quota check to the cleanup.
 
     python -m tools.launch --on=tpu-vm|queued|mig|gke|slurm|local --accelerator=v5e-16 --config=configs/X.py
         --workdir=runs/NAME [--config.key=value ...] [--name=N] [--zone=Z --project=P] [--spot] [--nfs=HOST:/SHARE]

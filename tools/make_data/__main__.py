@@ -1,5 +1,4 @@
-"""Makes instruction data from documents: a local model or templates write questions and answers, and filters drop
-unsuitable ones.
+"""Makes instruction data from documents: a local model or templates write it, and filters drop unsuitable rows.
 
     python -m tools.make_data --documents=SOURCE --to=FOLDER [--by=auto] [--model=smollm2-135m-instruct] [--most=200]
                               [--words=160] [--seed=0] [--against=TASK,...]

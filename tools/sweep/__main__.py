@@ -198,7 +198,7 @@ def costs(name: str, flops: float) -> tuple[str, str]:
 
 
 def work(args: overrides.Args, points: "list[Point]", out: Path) -> int:
-    """Runs the remaining points, or trials of a search, and returns the exit code."""
+    """Runs the points of a sweep, or the trials of a search, that are not finished yet. Returns the exit code."""
     from tools.sweep import run as runs
 
     flags = args.flags
