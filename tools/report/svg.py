@@ -12,7 +12,7 @@ from common import numbers
 
 Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT, SCATTER = 640, 300, 360  # SCATTER is the height of scatter plots
-LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 40
+LEFT, RIGHT, TOP, BOTTOM = 68, 16, 14, 40
 PERCENT = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
