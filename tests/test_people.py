@@ -238,7 +238,11 @@ def test_judges_stand_beside_what_reads_no_model(folder, tmp_path, capsys):
     assert len(asked) == 24
     found = json.loads((tmp_path / "out/judges.json").read_text())["rows"]
     table = {row["label"].split()[0]: row for row in found}
-    assert (table["people"]["mean"], table["people"]["n"], table["people"]["usd"]) == (pytest.approx(5 / 7), 7, 0.1)
+    assert (table["agreement"]["mean"], table["agreement"]["n"], table["agreement"]["usd"]) == (
+        pytest.approx(5 / 7),
+        7,
+        0.1,
+    )
     assert table["highest"]["mean"] == pytest.approx((1 + (3 / 7) ** 0.5) / 2)
     assert table["bag"]["mean"] > 0.9 and table["linear"]["n"] == table["the"]["n"] == 12
     hosted = found[-1]
