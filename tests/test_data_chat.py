@@ -145,15 +145,21 @@ def test_the_sandbox_refuses(attack):
 @pytest.mark.parametrize(
     "attack, limit",
     [
-        ("{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}", "more than 2 s of CPU time"),
-        ("{% set a = 'a' * 10 ** 9 %}", "more than 512 MiB of memory"),
-        ("{% for a in range(9999) %}{{ 'a' * 9999 }}{% endfor %}", "more than 16,777,216 characters"),
+        (
+            "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+            "rendering takes more than 2 s of CPU time",
+        ),
+        ("{% set a = 'a' * 10 ** 9 %}", "rendering takes more than 512 MiB of memory"),
+        (
+            "{% for a in range(9999) %}{{ 'a' * 9999 }}{% endfor %}",
+            "the template writes more than 16,777,216 characters",
+        ),
     ],
 )
 def test_a_limit_is_one_line_that_names_the_template_and_the_next_chat_is_rendered(attack, limit):
     with pytest.raises(template.TemplateLimit) as error:
         template.render(attack, messages=TURNS)
-    assert str(error.value).startswith(f"chat template {attack[:60]!r} · ") and limit in str(error.value)
+    assert str(error.value).startswith(f"chat template {attack[:60]!r} · {limit}")
     assert template.render("{{ messages[0].content }}", messages=TURNS) == "Hi"
 
 

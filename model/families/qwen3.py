@@ -12,7 +12,7 @@ KEYS = llama.KEYS | {
 
 def config(hf: dict) -> ModelConfig:
     hf = hf | {"mlp_bias": None}  # Qwen3 has no such key
-    head_dim = hf.get("head_dim") or 128  # the default head size of Qwen3 is 128 for every hidden size
+    head_dim = hf.get("head_dim") or 128  # Qwen3's default head size is 128, whatever the hidden size
     own = dict(family="qwen3", qk_norm=True, head_dim=head_dim, windows=llama.windows(hf))
     return llama.config(hf, qwen2.DEFAULTS, **own)
 

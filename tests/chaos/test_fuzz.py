@@ -136,7 +136,7 @@ CASES = {  # what is wrong -> (change, reader, what the one line says; "" where 
     "a text for a number": (changed("base/config.json", hidden_size="16"), MODEL, "config of llama is"),
     "a list for a number": (changed("base/config.json", max_position_embeddings=[1]), MODEL, "max_len=[1] is not a"),
     "an empty band": (changed("base/config.json", rope_scaling=LLAMA3), MODEL, "high_freq_factor is not above"),
-    "heads of one number": (changed("base/config.json", head_dim=1), MODEL, "an even number of dimensions"),
+    "heads of one number": (changed("base/config.json", head_dim=1), MODEL, "dimensions per head, not 1"),
     "10^18 tokens": (changed("base/config.json", vocab_size=10**18), MODEL, "vocab_size=1000000000000000000 is not"),
     "generation NaN": (text("base/generation_config.json", '{"temperature": NaN}'), MODEL, "NaN is not finite"),
     "weights of NaN": (tensors("base/model.safetensors", lambda n, x: x * np.nan), MODEL, "the weights contain NaN"),
@@ -159,7 +159,7 @@ CASES = {  # what is wrong -> (change, reader, what the one line says; "" where 
     "a token of id 10^9": (token(10**9), TOKENIZER, "one of them has the id 1,000,000,000"),
     "a pattern that explodes": (pattern("(a+)+$"), TOKENIZER, "retry-limit-in-match over"),
     "no ids of the end": (changed("base/tokenizer_config.json", extra_eos_ids=["x", -1, 2**70, [1]]), TOKENIZER, ""),
-    "a piece of 200 kB": (pieces("a" * 200_000), fuzz.read_tokenizer("tokenizer.model"), "a piece has 200,000"),
+    "a piece of 200 kB": (pieces("a" * 200_000), fuzz.read_tokenizer("tokenizer.model"), "a piece has 200,000 char"),
     "many long pieces": (
         pieces(*("a" * n for n in range(800, 1025))), fuzz.read_tokenizer("tokenizer.model"), ""),
     "10^6 blocks": (header(block_count=10**6), GGUF, "1,000,000 layers, but the files"),
