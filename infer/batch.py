@@ -160,7 +160,7 @@ class Batch:
             mine = [r for r in requests if r.asked in prompts]
             sources = [prompts.index(r.asked) for r in mine]
             logits, part = self._read(prompts, rows, mine)
-            size = bucket(len(mine))
+            size = max(rows, bucket(len(mine)))  # few different sizes, because each needs its own compiled programs
             if part is not None:
                 places = filled([at[id(r)] for r in mine], size)
                 self.cache = insert(self.cache, part, places, filled(sources, size), len(mine))

@@ -81,9 +81,9 @@ def insert(cache: Cache, part: Cache, rows: Array, sources: Array, count: Array 
     def placed(x: Array, end: Array) -> Array:
         """Places a row of W columns in the S columns of the ring buffer. The row ends just before column
         `cache.index`."""
-        x = jnp.roll(x, -end, axis=1)[:, -room:]
-        x = jnp.pad(x, ((0, 0), (room - x.shape[1], 0), *((0, 0),) * (x.ndim - 2)))
-        return jnp.roll(x, cache.index, axis=1)
+        x = jnp.concatenate([jnp.zeros((len(x), room, *x.shape[2:]), x.dtype), x], 1)
+        x = jax.lax.dynamic_slice_in_dim(x, end, room, 1)
+        return jax.lax.dynamic_slice_in_dim(jnp.concatenate([x, x], 1), -cache.index % room, room, 1)
 
     def one(i: Array, cache: Cache) -> Cache:
         def put(columns: bool, whole: Array, x: Array) -> Array:

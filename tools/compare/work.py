@@ -74,7 +74,7 @@ def train(c: Comparison, x: Candidate, rows: int, seed: int, folder: Path) -> tu
     longest = min(max(sizes), context)
     changes = {
         "init": x.model, "seed": seed, "epochs": c.epochs, "data.source": path, "data.eval_source": "",
-        **inputs.shape(longest, sum(sizes), context), "eval_every": 0, **(x.setting.train or {}),
+        "data.holdout": 0.0, **inputs.shape(longest, sum(sizes), context), "eval_every": 0, **(x.setting.train or {}),
     }  # fmt: skip
     argv = ["train.main", f"--config={inputs.CONFIG}", *(f"--config.{key}={value}" for key, value in changes.items())]
     argv.append(f"--workdir={folder}")
