@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from common import files
+from common import files, programs
 from common.errors import UserError, reading
 from common.packages import locate
 from common.types import Config
@@ -44,6 +44,7 @@ def load(
     """
     from infer import bundle
 
+    programs.keep()
     if bundle.is_bundle(name):
         if adapter:
             raise UserError("a bundle already contains an adapter", str(adapter), "load one of the two")

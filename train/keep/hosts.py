@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from common import exits
+from common import exits, programs
 from common.errors import UserError
 from common.types import Json
 
@@ -31,10 +31,7 @@ def connect() -> None:
     JAX_NUM_PROCESSES on the hosts of a TPU slice. Call `connect` before anything uses devices.
     """
     env = os.environ
-    cache = os.path.expanduser(f"~/.cache/kungfu/xla-{jax.__version__}")
-    for name, value in {"jax_compilation_cache_dir": cache, "jax_persistent_cache_min_compile_time_secs": 0.5}.items():
-        if name.upper() not in env:
-            jax.config.update(name, value)
+    programs.keep()
     if env.get("JAX_COORDINATOR_ADDRESS"):
         numbers = (env.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         count, index = (int(text) if text else None for text in numbers)
