@@ -10,7 +10,8 @@ SHORT = 0.2  # seconds; a program that compiles faster is not kept
 def keep() -> None:
     """Sets up JAX's persistent compilation cache, unless the environment or the caller has done so. Call this before
     anything is compiled."""
-    cache = os.path.expanduser(f"~/.cache/kungfu/xla-{jax.__version__}")
-    for name, value in {"jax_compilation_cache_dir": cache, "jax_persistent_cache_min_compile_time_secs": SHORT}.items():
+    folder = os.path.expanduser(f"~/.cache/kungfu/xla-{jax.__version__}")
+    found = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": SHORT}
+    for name, value in found.items():
         if name.upper() not in os.environ:
             jax.config.update(name, value)
