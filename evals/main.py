@@ -1,7 +1,7 @@
 """Scores a model on tasks, or measures its loss on general text.
 
     python -m evals.main --model=NAME_OR_RUN --tasks=dates,rows.jsonl:scorer=number [--shots=0,4] [--n=100] [--seed=0]
-                         [--adapter=RUN] [--index=DIR] [--k=3] [--against=RUN] [--contamination=SOURCE]
+                         [--adapter=RUN] [--index=DIR] [--k=3] [--how=mean] [--against=RUN] [--contamination=SOURCE]
                          [--pick=random] [--instructions=FILE] [--cite] [--split=heldout]
                          [--text=pydocs] [--passages=16] [--latency=0] [--out=FOLDER] [--strict]
 
@@ -20,9 +20,9 @@ solved examples the prompt contains, or "full" for as many as fit. `--pick`: how
 training rows: `random` (drawn anew for each question), `fixed` (the same for all questions), `diverse`, or `nearest`
 (the most similar to the question). `--instructions`: "builtin", or a file with one system message per line, in which {}
 stands for the task's own system message. `--index`: an index of documents (tools.index); the `--k` chunks that match a
-question best are put before it. With `--cite`, the model is also asked to name the chunks that its answers rely on;
-these citations are not scored. To compare prompting setups and choose one, use `--split=validation`, so that test rows
-do not influence the choice.
+question best are put before it, and `--how` chooses the search method (see tools.index). With `--cite`, the model is
+also asked to name the chunks that its answers rely on; these citations are not scored. To compare prompting setups and
+choose one, use `--split=validation`, so that test rows do not influence the choice.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from common import cli, files, gas, stats
 from common.errors import UserError
@@ -50,6 +50,7 @@ SURE = 0.1
 @cli.command
 def main(argv: list[str]) -> int | None:
     from evals import rows
+    from infer.retrieve.search import How
 
     about = "A task is a file in evals/tasks, or a data file with one question and its answer per row."
     parser = cli.Parser("evals.main", f"{__doc__}\n{about} {rows.__doc__}")
@@ -60,6 +61,7 @@ def main(argv: list[str]) -> int | None:
         parser.add_argument(f"--{name}", default="", type=cli.listed)
     parser.add_argument("--shots", default="0", type=_shots)
     parser.add_argument("--pick", default="random")
+    parser.add_argument("--how", default=None, choices=get_args(How))
     parser.add_argument("--split", default="heldout", choices=("heldout", "validation"))
     for name, default in dict(n=100, seed=0, passages=16, batch_size=16, k=3, latency=0).items():
         parser.add_argument(f"--{name}", default=default, type=cli.count)
@@ -116,9 +118,10 @@ def _contexts(args: argparse.Namespace) -> "list[Context]":
 
     if args.index:
         opened(args.index)
+    how = args.how if args.index else None
     shots = [FULL if n == "full" else n for n in args.shots]
     texts = instruction.read(args.instructions) if args.instructions else [""]
-    return [Context(text, n, args.pick, args.index, args.k, cite=args.cite) for text in texts for n in shots]
+    return [Context(text, n, args.pick, args.index, args.k, how, args.cite) for text in texts for n in shots]
 
 
 def _measure(

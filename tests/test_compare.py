@@ -24,6 +24,7 @@ from infer.serve.batcher import Batcher
 from model.io.export import export_hf
 from tests.cases import people
 from tests.helpers.adapters import make
+from tests.helpers.encoders import encoder
 from tests.helpers.models import TINY, random_model
 from tests.helpers.processes import run, start, timeless
 from tests.helpers.serving import running
@@ -316,3 +317,26 @@ def test_a_model_of_this_machine_and_the_same_model_served(tmp_path):
     [rung] = next(c for c in found["candidates"] if c["model"] == served)["rungs"]
     assert found["spent"]["usd"] == pytest.approx(paid + rung["result"]["usd"])
     assert "the weights of a hosted model are not on this machine" in (tmp_path / "out/decision.html").read_text()
+
+
+@pytest.mark.slow
+def test_passages_are_found_by_words_and_by_vectors(model, tmp_path):
+    documents, rows = tmp_path / "documents", tmp_path / "rows.csv"
+    documents.mkdir()
+    for i in range(30):
+        (documents / f"{i}.txt").write_text(f"the rain in spain {i} is {i % 7}")
+    rows.write_text("question,answer\n" + "".join(f"the rain in spain {i}?,{i % 7}\n" for i in range(100)))
+    made = encoder(tmp_path)
+    argv = [f"--task={rows}:scorer=exact", f"--models={model}", f"--documents={documents}", f"--embedder={made}"]
+    argv += ["--methods=zero_shot,rag", "--rungs=1", f"--out={tmp_path}/out"]
+    code, _, err = run(*argv, module="tools.compare")
+    assert code == 0, err
+    found = files.load_json(tmp_path / "out" / record.NAME)
+    assert [c["id"] for c in found["candidates"]][1:4] == [
+        f"rag:passages=1,search={how}" for how in ("mean", "bm25", "dense")
+    ]
+    assert found["index"]["flops"] > 0 and found["index"]["seconds"] > 0
+    mean, words, _ = (c["rungs"][0]["result"]["flops"] for c in found["candidates"][1:4])
+    assert mean > words  # a search by vectors embeds the question
+    code, _, err = run(*argv[:3], *argv[4:], module="tools.compare")
+    assert code == exits.INPUT and "settings for the methods" in err

@@ -95,6 +95,14 @@ class Index:
         ids = self.embedder.encode(list(questions))
         return self.embedder.flops_per_token * sum(map(len, ids)) + 2.0 * len(ids) * self.vectors.size
 
+    @property
+    def build_flops(self) -> float:
+        """The FLOPs that computing the vectors of all chunks takes."""
+        if not self.dense:
+            return 0.0
+        ids = self.embedder.encode([chunk.passage for chunk in self.chunks])
+        return self.embedder.flops_per_token * sum(map(len, ids))
+
     def _one(self, question: str, vector: np.ndarray | None, k: int, how: How) -> list[Hit]:
         parts = [] if how == "dense" else [self.words.scores(question)]
         if self.vectors is not None and vector is not None:

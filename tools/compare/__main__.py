@@ -1,6 +1,7 @@
 """Measures which method suits a task and at what cost: prompting, retrieval, LoRA, full fine-tuning, hosted models.
 
     python -m tools.compare --task=rows.csv [--models=A,B] [--documents=SOURCE] [--methods=zero_shot,lora] [--plan]
+        --embedder=NAME    also find passages by their vectors, such as those of all-minilm-l6-v2
         --budget=30min     upper limit: time, dollars (2usd) or FLOPs (1e15); default: no limit;
                            "all" drops no setting before the last rung
         --rungs=3          rungs of successive halving; 0 only tests the first setting of every method
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> int:
     flops, seconds = plan.budget(args.budget, prices[-1]["usd_hour"] and prices[-1]["usd_hour"][1])
     task = read(args.task)
     bases = {name: base(name, task) for name in args.models}
-    c = Comparison(task, bases, args.documents or None, args.epochs, args.out)
+    c = Comparison(task, bases, args.documents or None, args.epochs, args.out, args.embedder)
     found, refused = candidates(c, args.methods, args.settings)
     if not found:
         raise UserError(f"no method can be used: {refused[0]['why']}", "--methods")
@@ -92,7 +93,7 @@ def options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--task", required=True)
     parser.add_argument("--models", default=[MODEL], type=cli.listed)
     parser.add_argument("--methods", default=names(), type=cli.listed)
-    for name in ("documents", "budget", "price", "chip"):
+    for name in ("documents", "embedder", "budget", "price", "chip"):
         parser.add_argument(f"--{name}", default="")
     parser.add_argument("--requests", default=10_000, type=float)
     parser.add_argument("--epochs", default=3.0, type=float)
@@ -108,6 +109,8 @@ def options(argv: list[str]) -> argparse.Namespace:
             raise UserError(f"no method {name!r}", "--methods", did_you_mean(name, names(), f"of {', '.join(names())}"))
     if 0 in (args.seeds, args.settings) or not (0 < args.requests < math.inf and 0 < args.epochs < math.inf):
         raise UserError("the values must be positive", "--seeds, --settings, --epochs and --requests")
+    if args.embedder and not args.documents:
+        raise UserError("an embedder needs documents", "--embedder", "give --documents=SOURCE")
     if args.budget and not args.rungs:
         raise UserError("a budget needs at least one rung of successive halving", "--rungs=0", "--rungs=1 or more")
     return args

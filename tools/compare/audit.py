@@ -30,7 +30,7 @@ from common.errors import UserError
 from common.numbers import percent
 from common.types import Json
 from evals import paired
-from tools.compare import plan
+from tools.compare import halving, plan
 from tools.compare.engine import Engine
 from tools.compare.halving import Drop
 from tools.compare.method import Candidate, Method, Setting
@@ -80,8 +80,13 @@ class Replay(Engine):
 
     def rung(self, x: Candidate, rung: Json, result: Json | None = None) -> float:
         """Returns the FLOPs that a candidate spent in a rung."""
-        number = self.r.rungs.index(rung)
-        return sum(gas(row) for row in self.full.candidate(x.id)["rungs"] if row["rung"] == number)
+        return sum(map(gas, self._measured(x, self.r.rungs.index(rung))))
+
+    def _measured(self, x: Candidate, number: int) -> list[Json]:
+        """Returns the recorded measurement of a candidate in a rung, as a list with at most one entry. Untrained
+        candidates were not measured again on the same validation rows."""
+        source = max(n for n in halving.measured(x, self.r.rungs) if n <= number)
+        return [row for row in self.full.candidate(x.id)["rungs"] if row["rung"] == source]
 
     def test(self, x: Candidate, trained: int, result: Json | None = None) -> float:
         """Returns 0 FLOPs, because the cost of testing is not counted when choosing a candidate."""
@@ -93,7 +98,7 @@ class Replay(Engine):
 
     def _measure(self, group: list[Candidate], number: int) -> None:
         for x in group:
-            known = [row for row in self.full.candidate(x.id)["rungs"] if row["rung"] == number]
+            known = self._measured(x, number)
             self.r.candidate(x.id)["rungs"] += known
             if not known:
                 self.r.candidate(x.id)["failed"] = "failed in the complete comparison"
@@ -126,15 +131,15 @@ def ways(record: Record) -> list[Way]:
     best = max(tested, key=lambda m: _scores(m).mean())
     total = sum(gas(rung) for row in record.candidates for rung in row["rungs"])
     pilot = max((row for row in record.candidates if row["rungs"]), key=lambda row: row["rungs"][0]["result"]["mean"])
-    halving = Replay(record, QUARTER * total)
-    chosen = halving.choose()
+    replay = Replay(record, QUARTER * total)
+    chosen = replay.choose()
     first = sum(gas(row["rungs"][0]) for row in record.candidates if row["rungs"])
     rule, zero = _first(record, _rule(record)), _first(record, "zero_shot")
     found = [
         ("rule", rule, _training(record, rule)),
         ("zero-shot", zero, 0.0),
         ("pilot", pilot["id"], first + _training(record, pilot["id"])),
-        ("halving", chosen, halving.r.spent["flops"]),
+        ("halving", chosen, replay.r.spent["flops"]),
         ("all", best["candidate"], total),
     ]
     return [_way(record, name, candidate, best, spent / total) for name, candidate, spent in found]

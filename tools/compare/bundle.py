@@ -40,8 +40,7 @@ def write(c: Comparison, record: Record, x: Candidate, row: Json) -> Path | None
         )
         stages.append(Stage("export", argv, lambda: 0.0, 10))
     if x.setting.ask.index:
-        argv = ["tools.index", f"--index={folder / 'index'}", f"--documents={c.documents}"]
-        stages.append(Stage("index", argv, lambda: 0.0, 5))
+        stages.append(Stage("index", work.index_command(c, folder / "index"), lambda: 0.0, 5))
     work.do(c, "bundle", stages)
     if x.setting.ask.shots:
         shown = ({"prompt": shot["prompt"], "answer": shot["answer"]} for shot in c.task.scored["train"])

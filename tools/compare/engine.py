@@ -138,28 +138,55 @@ class Engine:
     def _enter(self, alive: list[Candidate], number: int) -> None:
         """Begins a rung: before any FLOPs are spent on it, records which candidates enter it."""
         rung = self.r.rungs[number]
+        decision = {"rung": number, "rows": rung["rows"], "share": rung["share"], "dropped": []}
+        if self._must_skip(alive, number):
+            self.r.decisions.append(decision | {"entered": [], "kept": [x.id for x in alive]})
+            print(f"rung {number + 1} is skipped: the budget pays only for the last rung", flush=True)
+            self._save()
+            return
         alive, drops = self._afford(alive, number)
-        entered = {"entered": [x.id for x in alive], "kept": None, "dropped": []}
-        self.r.decisions.append({"rung": number, "rows": rung["rows"], "share": rung["share"], **entered})
+        self.r.decisions.append(decision | {"entered": [x.id for x in alive], "kept": None})
         self._drop(alive, drops, number)
+
+    def _must_skip(self, alive: list[Candidate], number: int) -> bool:
+        """Whether a rung between the first and the last is left out, because the candidate with the best score could
+        otherwise not be trained on all rows."""
+        left = self._left()
+        if left is None or not 0 < number < len(self.r.rungs) - 1:
+            return False
+        leader = max(alive, key=lambda x: self._score(x, number))
+        return self._now(leader, number) + self._later(leader, number) > left
 
     def _afford(self, alive: list[Candidate], number: int) -> tuple[list[Candidate], list[Drop]]:
         """Drops the methods for which the budget is too small. Raises UserError if the budget is too small for every
         method."""
-        rung = self.r.rungs[number]
-        score = lambda x: found["mean"] if (found := self._result(x, number - 1)) else -self.found.index(x)
-        now = lambda x: 0.0 if self._result(x, number) else self.flops.rung(x, rung, self._result(x, number - 1))
-        rest = lambda x: [self.r.rungs[n] for n in halving.measured(x, self.r.rungs) if n > number]
-        later = lambda x: (
-            sum(self.flops.rung(x, r) for r in rest(x)) + self.flops.test(x, 1, self._result(x, number - 1))
-        )
-        kept, drops = halving.affordable(alive, score, now, later, self._left(), must=number > 0)
+        score, now, later = (lambda x, f=f: f(x, number) for f in (self._score, self._now, self._later))
+        share = 1 / (len(self.r.rungs) - number)  # each rung gets the same share of the budget
+        kept, drops = halving.affordable(alive, score, now, later, self._left(), share, must=number > 0)
         if not kept:
             least = min(now(x) + later(x) for x in alive)
             cheapest, budget = numbers.flops(least), numbers.flops(self.r.budget["flops"])
             what = f"the budget of {budget} is too small: the cheapest method needs {cheapest}"
             raise UserError(what, "--budget", "raise it, or use fewer test rows")
         return kept, drops
+
+    def _score(self, x: Candidate, number: int) -> float:
+        """Returns the score with which a candidate enters a rung. Before anything is measured, candidates that are
+        listed earlier get a higher score."""
+        found = self._latest(x, number - 1)
+        return found["mean"] if found else -self.found.index(x)
+
+    def _now(self, x: Candidate, number: int) -> float:
+        """Returns the FLOPs that a candidate needs in a rung."""
+        if self._result(x, number):
+            return 0.0
+        return self.flops.rung(x, self.r.rungs[number], self._latest(x, number - 1))
+
+    def _later(self, x: Candidate, number: int) -> float:
+        """Returns the FLOPs that a candidate needs after a rung: those of the last rung and of the test."""
+        last = len(self.r.rungs) - 1
+        test = self.flops.test(x, 1, self._latest(x, number - 1))
+        return test + (self._now(x, last) if number < last else 0.0)
 
     def _decide(self, alive: list[Candidate], number: int) -> None:
         """Ends a rung: records which candidates are kept, and why the other candidates are dropped."""
@@ -171,7 +198,7 @@ class Engine:
         if self.r.budget["asked"] != plan.ALL or last:
             alive, one = halving.settings(alive, result, last)
         if self.r.budget["asked"] != plan.ALL:
-            alive, two = halving.methods(alive, result, lambda x: self._result(x, number - 1), last)
+            alive, two = halving.methods(alive, result, lambda x: self._latest(x, number - 1), last)
         if last:
             test = lambda x: self.flops.test(x, 1, result(x))
             score, left = lambda x: result(x)["mean"], self._left()
@@ -300,12 +327,16 @@ class Engine:
         return folder
 
     def _result(self, x: Candidate, number: int) -> Json | None:
-        """Returns the candidate's result for a rung, or None if there is none yet. If the candidate is not measured
-        again on that rung, this is the result of an earlier rung."""
-        if number < 0:
-            return None
-        source = max(n for n in halving.measured(x, self.r.rungs) if n <= number)
-        return next((r["result"] for r in self.r.candidate(x.id)["rungs"] if r["rung"] == source), None)
+        """Returns the candidate's result for a rung, or None if there is none yet. An untrained candidate answers the
+        same in every rung, so a result of an earlier rung with the same validation rows also counts."""
+        rows = lambda rung: self.r.rungs[rung]["rows"]
+        same = lambda rung: rung == number or (not x.trained and rung < number and rows(rung) == rows(number))
+        return next((r["result"] for r in self.r.candidate(x.id)["rungs"] if same(r["rung"])), None)
+
+    def _latest(self, x: Candidate, number: int) -> Json | None:
+        """Returns the candidate's newest result up to a rung, or None if there is none."""
+        found = [r["result"] for r in self.r.candidate(x.id)["rungs"] if r["rung"] <= number]
+        return found[-1] if found else None
 
     def _method(self, x: Candidate) -> Json:
         return next(row for row in self.r.methods if (row["name"], row["model"]) == x.key)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from common import numbers
+from common import numbers, stats
 from common.types import Json
 from evals import paired
 from tools.compare.method import Candidate
@@ -51,16 +51,30 @@ def measured(x: Candidate, rungs: Sequence[Json]) -> list[int]:
 
 
 def settings(alive: Sequence[Candidate], result: Result, last: bool) -> tuple[list[Candidate], list[Drop]]:
-    """Keeps each method's best third of settings or, after the last rung, only its best setting. Of settings with equal
-    scores, the one that is listed first is kept."""
+    """Keeps each method's best third of settings or, after the last rung, only its best setting.
+
+    Before the last rung, a difference of less than one standard error is ignored (the one-standard-error rule, Breiman
+    et al. 1984): of the settings that are this close to the best score, those that are listed first are kept. After the
+    last rung, the setting that is listed first is kept only if scores are equal.
+    """
     kept, dropped = [], []
-    for key in dict.fromkeys(candidate.key for candidate in alive):
-        mine = sorted((x for x in alive if x.key == key), key=lambda x: -result(x)["mean"])
+    for key in _keys(alive):
+        listed = [x for x in alive if x.key == key]
+        best = max(listed, key=lambda x: result(x)["mean"])
+        close = [x for x in listed if not last and _close(result(best), result(x))]
+        mine = sorted(listed, key=lambda x: (x not in close, 0.0 if x in close else -result(x)["mean"]))
         n = 1 if last else math.ceil(len(mine) / ETA)
         kept += mine[:n]
-        best = f"{_named(mine[0])} scored {_score(result(mine[0]))}"
-        dropped += [Drop(x, f"{_score(result(x))} on {result(x)['n']} validation rows; {best}") for x in mine[n:]]
+        for x in mine[n:]:
+            why = f"{_score(result(x))} on {result(x)['n']} validation rows; {_named(mine[0])} scored "
+            dropped.append(Drop(x, why + _score(result(mine[0]))))
     return kept, dropped
+
+
+def _close(best: Json, other: Json) -> bool:
+    """Whether a score is at most one standard error, of the paired difference, below the best score."""
+    found = paired.pair(best, other)
+    return found is not None and found.difference <= (found.difference - found.low) / stats.Z
 
 
 def methods(
@@ -95,33 +109,42 @@ def methods(
 
 def affordable(
     alive: Sequence[Candidate], score: Callable[[Candidate], float], now: Callable[[Candidate], float],
-    later: Callable[[Candidate], float], left: float | None, must: bool = False,
+    later: Callable[[Candidate], float], left: float | None, share: float = 1.0, must: bool = False,
 ) -> tuple[list[Candidate], list[Drop]]:  # fmt: skip
-    """Keeps as many methods as `left` FLOPs can pay for, with fewer settings per method if necessary. The method with
-    the best score is paid for first, then BASELINE, then the other methods in order of their scores.
+    """Keeps as many methods as `left` FLOPs can pay for, with fewer settings per method if necessary. The best setting
+    of each method is paid for first: that of the method with the best score, then that of BASELINE, then those of the
+    other methods in order of their scores. The other settings are paid for as long as the rung takes at most the
+    fraction `share` of the FLOPs left.
 
-    `now(x)` returns the FLOPs that candidate x needs in the next rung, and `later(x)` the FLOPs that it needs from then
-    until it is tested. Part of the budget is reserved for the later FLOPs of two candidates: BASELINE, which is never
-    dropped because of its score, and the most expensive of the others, so that each of them can still be tested. If
-    `must` is true, the candidate with the best score is kept even if the budget is too small.
+    `now(x)` returns the FLOPs that candidate x needs in the next rung, and `later(x)` the FLOPs that it needs in the
+    last rung and the test. Part of the budget is reserved for the later FLOPs of two candidates: BASELINE, which is
+    never dropped because of its score, and the most expensive of the others, so that each of them can still be tested.
+    If `must` is true, the candidate with the best score is kept even if the budget is too small.
     """
     if left is None:
         return list(alive), []
-    kept, dropped, spent = [], [], 0.0
     best = {key: max(score(x) for x in alive if x.key == key) for key in _keys(alive)}
     leader = max(best, key=lambda key: best[key])
-    for key in sorted(best, key=lambda key: (key != leader, key[0] != BASELINE, -best[key])):
-        mine = sorted((x for x in alive if x.key == key), key=lambda x: -score(x))
-        costs = [sum(map(now, mine[:n])) + _reserve([*kept, *mine[:n]], later) for n in range(len(mine) + 1)]
-        n = max(n for n, cost in enumerate(costs) if not n or spent + cost <= left)
-        needed, free = numbers.flops(now(mine[0]) + later(mine[0])), numbers.flops(max(0.0, left - spent - costs[0]))
-        why = "the budget has no room for more settings" if n else f"the budget has {free} left; this needs {needed}"
-        dropped += [Drop(x, why) for x in mine[n:]]
-        kept += mine[:n]
-        spent += sum(map(now, mine[:n]))
+    methods = sorted(best, key=lambda key: (key != leader, key[0] != BASELINE, -best[key]))
+    each = {key: sorted((x for x in alive if x.key == key), key=lambda x: -score(x)) for key in methods}
+    kept, spent, short = [], 0.0, {}
+    for place in range(max(map(len, each.values()))):
+        for key, mine in each.items():
+            if place >= len(mine) or key in short:
+                continue
+            x = mine[place]
+            after = spent + now(x)
+            if after + _reserve([*kept, x], later) <= left and (place == 0 or after <= share * left):
+                kept.append(x)
+                spent = after
+            elif place == 0:
+                needed, free = now(x) + later(x), max(0.0, left - spent - _reserve(kept, later))
+                short[key] = f"the budget has {numbers.flops(free)} left; this needs {numbers.flops(needed)}"
     if must and not kept:
         kept = [max(alive, key=score)]
-        dropped = [drop for drop in dropped if drop.candidate.id != kept[0].id]
+        short.pop(kept[0].key)
+    why = "the budget has no room for more settings"
+    dropped = [Drop(x, short.get(x.key, why)) for x in alive if x not in kept]
     return [x for x in alive if x in kept], dropped
 
 

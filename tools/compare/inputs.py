@@ -15,6 +15,7 @@ from data import sources
 from evals import rows, task
 from infer import hosted
 from infer.context import Asker, Context
+from infer.retrieve.search import How
 
 if TYPE_CHECKING:
     from data.text.tokenizer import Tokenizer
@@ -87,6 +88,12 @@ class Comparison(NamedTuple):
     documents: str | None
     epochs: float
     out: Path
+    embedder: str = ""  # the model that embeds the documents; without one, passages are found by their words (BM25)
+
+    @property
+    def searches(self) -> tuple[How | None, ...]:
+        """The search methods to try, starting with the best guess."""
+        return ("mean", "bm25", "dense") if self.embedder else (None,)
 
     def room(self, model: str, each: float) -> int:
         """Returns how many texts of `each` tokens fit into a model's context in addition to the longest question and

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -42,22 +43,36 @@ def index(c: Comparison) -> Json | None:
     """Builds the index of the documents. Raises UserError if that fails."""
     if not c.documents:
         return None
+    from infer.retrieve.index import opened
+
     folder = c.out / "index"
-    argv = ["tools.index", f"--index={folder}", f"--documents={c.documents}"]
+    argv, start = index_command(c, folder), time.perf_counter()
     try:
         _run(c, "index of the documents", [Stage("index", argv, lambda: 0.0, 5)])
     except Failed as e:
         raise UserError(f"the documents cannot be indexed: {e}", c.documents) from e
     size = sum(path.stat().st_size for path in folder.iterdir())
-    chunks = files.load_json(folder / "index.json")["chunks"]
-    return {"chunks": chunks, "bytes": size, "flops": 0.0, "seconds": 0.0, "usd": 0.0, "commands": [argv]}
+    seconds, made = time.perf_counter() - start, opened(folder)
+    spent = {"flops": made.build_flops, "seconds": seconds, "usd": 0.0}
+    return {"chunks": len(made.chunks), "bytes": size, **spent, "commands": [argv]}
+
+
+def index_command(c: Comparison, folder: Path) -> list[str]:
+    argv = ["tools.index", f"--index={folder}", f"--documents={c.documents}"]
+    return [*argv, f"--embedder={c.embedder}"] if c.embedder else argv
 
 
 def check_documents(c: Comparison) -> None:
-    """Raises UserError if the documents have changed since this comparison indexed them."""
+    """Raises UserError if the documents or the embedder have changed since this comparison indexed them."""
     from infer.retrieve import index
 
-    if files.read_json(c.out / "index" / index.RECORD).get("content") != index.content(c.documents or ""):
+    made = files.read_json(c.out / "index" / index.RECORD)
+    if made.get("embedder") != c.embedder:
+        what = (
+            f"the comparison in {c.out} indexed the documents with another embedder: {made.get('embedder') or 'none'}"
+        )
+        raise UserError(what, "--embedder", "choose a new folder: --out")
+    if made.get("content") != index.content(c.documents or ""):
         what = f"the documents have changed since the comparison in {c.out} began"
         raise UserError(what, c.documents or "", "choose a new folder: --out")
 
@@ -115,6 +130,7 @@ def ask(c: Comparison, group: Sequence[Candidate], what: Asked, folder: Path) ->
         argv += [f"--shots={','.join(str(how.shots) for how in each)}", f"--pick={pick}"]
     if index := each[0].index:
         argv += [f"--index={index}", f"--k={each[0].k}"]
+        argv += [f"--how={each[0].how}"] if each[0].how else []
     argv += [f"--latency={LATENCY}"] if what.latency else []
     argv += [f"--text={TEXT}", f"--passages={PASSAGES}"] if what.text else []
     done = lambda: float(all(result(x, what, folder) for x in group))

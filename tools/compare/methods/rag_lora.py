@@ -4,7 +4,7 @@ from infer.context import Context
 from tools.compare.inputs import Comparison
 from tools.compare.method import Method, Setting, reading, trained
 from tools.compare.methods.lora import ADAPTER, RATES
-from tools.compare.methods.rag import PASSAGES
+from tools.compare.methods.rag import PASSAGES, found
 
 
 def method(c: Comparison, model: str) -> Method:
@@ -12,8 +12,9 @@ def method(c: Comparison, model: str) -> Method:
 
     def settings(room: int) -> list[Setting]:
         k = min(PASSAGES[0], room)
-        ask = Context(index=str(c.out / "index"), k=k)
-        return [Setting({"lr": lr, "passages": k}, {**ADAPTER, "optim.lr": lr}, ask) for lr in RATES] if k else []
+        search = c.searches[0]
+        ask, shown = Context(index=str(c.out / "index"), k=k, how=search), found(k, search)
+        return [Setting({"lr": lr, **shown}, {**ADAPTER, "optim.lr": lr}, ask) for lr in RATES] if k else []
 
-    found = reading(c, model, "RAG + LoRA", how, settings)
-    return found if found.refused else trained(c, model, found.label, how, found.settings)._replace(documents=True)
+    made = reading(c, model, "RAG + LoRA", how, settings)
+    return made if made.refused else trained(c, model, made.label, how, made.settings)._replace(documents=True)
