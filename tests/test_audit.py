@@ -92,3 +92,13 @@ def test_the_command_prints_and_writes(record, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "halving: as good as all on 1 of 1 tasks (at most 2 points worse" in out and "(estimate)" in out
     assert '"close": true' in (tmp_path / "audit.json").read_text()
+
+
+def test_a_rung_is_skipped_if_the_best_method_could_otherwise_not_be_trained_on_all_rows(record):
+    """LoRA needs 350, 950 and 2,750 FLOPs in the three rungs, and the two prompts 100 in the first."""
+    record.candidate("lora:lr=1")["rungs"][0]["result"] = result(40, 50)
+    for budget, entered in (4150, ["lora:lr=1"]), (4149, []):
+        replay = audit.Replay(record, budget)
+        assert replay.choose() == "lora:lr=1" and replay.r.spent["flops"] == 3200 + 950 * len(entered)
+        assert replay.r.decisions[1]["entered"] == entered
+        assert replay.r.decisions[2]["entered"] == ["lora:lr=1"]

@@ -80,6 +80,12 @@ def test_prompts_are_not_measured_again_on_the_same_rows(comparison):
     assert [engine._result(lora, n) for n in (1, 2)] == ["second", None]
 
 
+def test_other_settings_of_a_trained_method_join_in_the_last_rung_but_one():
+    rates, shots = [candidate("lora", lr) for lr in (1e-3, 3e-4)], [candidate("few_shot"), candidate("few_shot")]
+    joins = lambda rungs: [halving.joining(x, [*rates, *shots], rungs) for x in (*rates, *shots)]
+    assert joins(3) == [0, 1, 0, 0] and joins(2) == joins(1) == [0, 0, 0, 0]
+
+
 def test_a_third_of_the_settings_stays_and_at_last_one():
     alive = [candidate("lora", lr) for lr in (1e-3, 3e-4, 3e-3, 1e-2)] + [candidate("zero_shot")]
     scores = by(zip(alive, map(result, (20, 30, 30, 1, 5)), strict=True))
@@ -90,16 +96,26 @@ def test_a_third_of_the_settings_stays_and_at_last_one():
     assert [x.id for x in kept] == ["lora:0.0003", "zero_shot:0"]  # the first of equals
 
 
+def test_before_the_last_rung_the_first_of_settings_within_one_standard_error_stays():
+    """29 of 40 against 30 of the same 40 is one row of difference, and one standard error is about one row and a half
+    (Newcombe's interval is -5.1 to +10.4 points)."""
+    alive = [candidate("lora", lr) for lr in (1e-3, 3e-4, 3e-3)]
+    for right, last, wanted in (29, False, 1e-3), (29, True, 3e-4), (20, False, 3e-4):
+        scores = by(zip(alive, map(result, (right, 30, 10)), strict=True))
+        [kept], _ = halving.settings(alive, scores, last)
+        assert kept.id == f"lora:{wanted:g}"
+
+
 def test_what_is_clearly_worse_stops():
-    """Newcombe's interval of 30 against 10 of 40 nested rows is far above 0; the baseline stays."""
+    """Newcombe's interval of 30 against 10 of 40 nested rows is far above 0."""
     rag, shots, zero = candidate("rag"), candidate("few_shot"), candidate("zero_shot")
     everyone = [rag, shots, zero]
-    scores = by(zip(everyone, map(result, (30, 10, 10)), strict=True))
+    scores = by(zip(everyone, map(result, (30, 10, 28)), strict=True))
     kept, [drop] = halving.methods(everyone, scores, lambda x: None, full=True)
     assert kept == [rag, zero] and drop.candidate == shots
     assert drop.why.startswith("rag is 50 points better on 40 validation rows (95 % interval ")
     scores = by(zip(everyone, map(result, (30, 28, 10)), strict=True))
-    assert halving.methods(everyone, scores, lambda x: None, full=True)[1] == []
+    assert halving.methods(everyone, scores, lambda x: None, full=True)[0] == [rag, shots]
 
 
 def test_training_on_a_part_of_the_rows_may_still_learn():
@@ -113,20 +129,33 @@ def test_training_on_a_part_of_the_rows_may_still_learn():
 def test_the_budget_pays_the_best_first_and_holds_a_test_back():
     lora, full, zero = candidate("lora", 1e-3), candidate("full", 1e-5), candidate("zero_shot")
     everyone = [zero, lora, full]
-    score, now, later = (
-        by(zip(everyone, row, strict=True)) for row in ((0.1, 0.9, 0.5), (1.0, 10.0, 20.0), (1.0, 30.0, 60.0))
-    )
-    assert halving.affordable(everyone, score, now, later, None) == (everyone, [])
-    assert halving.affordable(everyone, score, now, later, 92.0)[0] == everyone  # 1 + 10 + 20, and 1 + 60 later
-    kept, [drop] = halving.affordable(everyone, score, now, later, 91.0)
+    scores = by(zip(everyone, map(result, (4, 36, 20)), strict=True))
+    now, later = (by(zip(everyone, row, strict=True)) for row in ((1.0, 10.0, 20.0), (1.0, 30.0, 60.0)))
+    assert halving.affordable(everyone, scores, now, later, None) == (everyone, [])
+    assert halving.affordable(everyone, scores, now, later, 92.0)[0] == everyone  # 1 + 10 + 20, and 1 + 60 later
+    kept, [drop] = halving.affordable(everyone, scores, now, later, 91.0)
     assert kept == [zero, lora] and drop.why == "the budget has 49 FLOP left; this needs 80 FLOP"
-    assert halving.affordable(everyone, score, now, later, 41.0)[0] == [lora]  # the leader, before zero-shot
-    assert halving.affordable(everyone, score, now, later, 1.5)[0] == []
-    two = [candidate("lora", 1e-3), candidate("lora", 3e-4)]
-    ten = lambda x: 10.0
-    kept, [drop] = halving.affordable(two, lambda x: -two.index(x), ten, ten, 25.0)
-    assert kept == two[:1] and drop.why == "the budget has no room for more settings"
-    assert halving.affordable(two, ten, ten, ten, 5.0, must=True)[0] == two[:1]
+    assert halving.affordable(everyone, scores, now, later, 41.0)[0] == [lora]  # the leader, before zero-shot
+    assert halving.affordable(everyone, scores, now, later, 1.5)[0] == []
+    assert halving.affordable(everyone, scores, now, later, 1.5, must=True)[0] == [lora]
+
+
+def test_the_leader_is_the_cheapest_of_the_best_and_without_results_the_first():
+    everyone = full, lora, zero = candidate("full", 1e-5), candidate("lora", 1e-3), candidate("zero_shot")
+    cost = by(zip(everyone, (3.0, 2.0, 1.0), strict=True))
+    for right, wanted in ((30, 29, 10), lora), ((30, 20, 10), full), ((30, 30, 30), zero):
+        scores = by(zip(everyone, map(result, right), strict=True))
+        assert halving.leader(everyone, scores, cost) == wanted
+    assert halving.leader(everyone, lambda x: None, cost) == full
+
+
+def test_further_settings_get_the_even_share_of_a_rung():
+    rates = [candidate("lora", lr) for lr in (1e-3, 3e-4, 3e-3)] + [candidate("full", lr) for lr in (3e-5, 1e-5)]
+    kept = lambda *share: halving.affordable(rates, lambda x: None, lambda x: 10.0, lambda x: 20.0, 100.0, *share)[0]
+    assert kept() == rates  # 50 now, and 20 later
+    assert kept(1 / 3) == [rates[0], rates[1], rates[3]]  # the first of each method, then one more for 33 FLOP
+    _, drops = halving.affordable(rates[:3], lambda x: None, lambda x: 10.0, lambda x: 10.0, 25.0)
+    assert [drop.why for drop in drops] == ["the budget has no room for more settings"] * 2
 
 
 # --- plans ---

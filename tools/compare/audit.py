@@ -32,7 +32,6 @@ from common.types import Json
 from evals import paired
 from tools.compare import halving, plan
 from tools.compare.engine import Engine
-from tools.compare.halving import Drop
 from tools.compare.method import Candidate, Method, Setting
 from tools.compare.record import Record, load
 
@@ -104,8 +103,11 @@ class Replay(Engine):
                 self.r.candidate(x.id)["failed"] = "failed in the complete comparison"
         self.r.count()
 
-    def _drop(self, alive: list[Candidate], drops: list[Drop], number: int) -> None:
-        """Does nothing, because a replay neither prints nor saves why candidates are dropped."""
+    def _say(self, text: str) -> None:
+        """Does nothing: a replay does not print its decisions."""
+
+    def _save(self) -> None:
+        """Does nothing: a replay is not saved."""
 
 
 def _candidate(record: Record, row: Json) -> Candidate:

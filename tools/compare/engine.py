@@ -45,6 +45,7 @@ class Engine:
         if self.seconds and self.r.budget["flops"] is None:
             self._probe()
         alive = self._survivors()
+        alive += self._baselines(alive)
         for group in _groups(sorted(alive, key=lambda x: x.trained)):
             self._test(group)
         if not any(row["status"] == "tested" for row in self.r.methods):
@@ -114,6 +115,9 @@ class Engine:
     def _save(self) -> None:
         self.r.save(self.c.out)
 
+    def _say(self, text: str) -> None:
+        print(text, flush=True)
+
     # --- choosing ---
 
     def _survivors(self) -> list[Candidate]:
@@ -138,43 +142,48 @@ class Engine:
     def _enter(self, alive: list[Candidate], number: int) -> None:
         """Begins a rung: before any FLOPs are spent on it, records which candidates enter it."""
         rung = self.r.rungs[number]
+        alive = [x for x in alive if x not in self._waiting(number)]
         decision = {"rung": number, "rows": rung["rows"], "share": rung["share"], "dropped": []}
         if self._must_skip(alive, number):
-            self.r.decisions.append(decision | {"entered": [], "kept": [x.id for x in alive]})
-            print(f"rung {number + 1} is skipped: the budget pays only for the last rung", flush=True)
+            self.r.decisions.append(
+                decision | {"entered": [], "kept": [x.id for x in [*alive, *self._waiting(number)]]}
+            )
+            self._say(f"rung {number + 1} is skipped: the budget pays only for the last rung")
             self._save()
             return
         alive, drops = self._afford(alive, number)
         self.r.decisions.append(decision | {"entered": [x.id for x in alive], "kept": None})
         self._drop(alive, drops, number)
 
+    def _waiting(self, number: int) -> list[Candidate]:
+        """Returns the candidates that join only after a rung."""
+        if self.r.budget["asked"] == plan.ALL:
+            return []
+        rungs = len(self.r.rungs)
+        return [x for x in self.found if halving.joining(x, self.found, rungs) > number and not self._failed(x)]
+
     def _must_skip(self, alive: list[Candidate], number: int) -> bool:
         """Whether a rung between the first and the last is left out, because the candidate with the best score could
         otherwise not be trained on all rows."""
-        left = self._left()
+        left = self._left(alive)
         if left is None or not 0 < number < len(self.r.rungs) - 1:
             return False
-        leader = max(alive, key=lambda x: self._score(x, number))
-        return self._now(leader, number) + self._later(leader, number) > left
+        cost = lambda x: self._now(x, number) + self._later(x, number)
+        return cost(halving.leader(alive, lambda x: self._latest(x, number - 1), cost)) > left
 
     def _afford(self, alive: list[Candidate], number: int) -> tuple[list[Candidate], list[Drop]]:
         """Drops the methods for which the budget is too small. Raises UserError if the budget is too small for every
         method."""
-        score, now, later = (lambda x, f=f: f(x, number) for f in (self._score, self._now, self._later))
+        result = lambda x: self._latest(x, number - 1)
+        now, later = (lambda x, f=f: f(x, number) for f in (self._now, self._later))
         share = 1 / (len(self.r.rungs) - number)  # each rung gets the same share of the budget
-        kept, drops = halving.affordable(alive, score, now, later, self._left(), share, must=number > 0)
+        kept, drops = halving.affordable(alive, result, now, later, self._left(alive), share, must=number > 0)
         if not kept:
             least = min(now(x) + later(x) for x in alive)
             cheapest, budget = numbers.flops(least), numbers.flops(self.r.budget["flops"])
             what = f"the budget of {budget} is too small: the cheapest method needs {cheapest}"
             raise UserError(what, "--budget", "raise it, or use fewer test rows")
         return kept, drops
-
-    def _score(self, x: Candidate, number: int) -> float:
-        """Returns the score with which a candidate enters a rung. Before anything is measured, candidates that are
-        listed earlier get a higher score."""
-        found = self._latest(x, number - 1)
-        return found["mean"] if found else -self.found.index(x)
 
     def _now(self, x: Candidate, number: int) -> float:
         """Returns the FLOPs that a candidate needs in a rung."""
@@ -201,9 +210,10 @@ class Engine:
             alive, two = halving.methods(alive, result, lambda x: self._latest(x, number - 1), last)
         if last:
             test = lambda x: self.flops.test(x, 1, result(x))
-            score, left = lambda x: result(x)["mean"], self._left()
-            alive, three = halving.affordable(alive, score, test, lambda x: 0.0, left, must=True)
-        self.r.decisions[number]["kept"] = [x.id for x in alive]
+            alive, three = halving.affordable(alive, result, test, lambda x: 0.0, self._left(alive), must=True)
+        known = {x.key for x in alive}
+        waiting = [x for x in self._waiting(number) if x.key in known]
+        self.r.decisions[number]["kept"] = [x.id for x in [*alive, *waiting]]
         self._drop(alive, one + two + three, number)
 
     def _drop(self, alive: list[Candidate], drops: list[Drop], number: int) -> None:
@@ -212,12 +222,21 @@ class Engine:
         for drop in drops:
             if not any(x.key == drop.candidate.key for x in alive):
                 self._method(drop.candidate).update(status="stopped", why=drop.why)
-            print(f"{drop.candidate.id} stops: {drop.why}", flush=True)
+            self._say(f"{drop.candidate.id} stops: {drop.why}")
         self._save()
 
-    def _left(self) -> float | None:
-        """Returns the FLOPs left in the budget, or None if no budget is set."""
-        return self.r.unspent["flops"]
+    def _left(self, alive: list[Candidate]) -> float | None:
+        """Returns the FLOPs left in the budget for the search among `alive`, or None if no budget is set. The baseline
+        will be tested even if it is no longer in the search."""
+        left = self.r.unspent["flops"]
+        return None if left is None else left - sum(
+            self.flops.test(x, 1, self._latest(x, len(self.r.rungs))) for x in self._baselines(alive)
+        )
+
+    def _baselines(self, alive: list[Candidate]) -> list[Candidate]:
+        """Returns the baselines that are not in `alive`."""
+        every = (x for x in halving.first(self.found) if x.name == halving.BASELINE and not self._failed(x))
+        return [x for x in every if x not in alive]
 
     # --- measuring ---
 
@@ -260,7 +279,7 @@ class Engine:
                 if left:
                     self._test_seed(left, seed)
             for x in group:
-                self._method(x)["status"] = "tested"
+                self._method(x).update(status="tested", why="")
         except work.Failed as e:
             self._failing(group, str(e), lambda x: self._test([x]))
         self._save()

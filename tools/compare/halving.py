@@ -15,7 +15,7 @@ from tools.compare.method import Candidate
 ETA = 3  # each rung has ETA times as many training rows as the one before it, and 1 / ETA of its settings
 ROWS = (50, 100, 200)  # maximum number of validation rows in each of the last three rungs
 LEAST = 24  # minimum number of training rows in a rung
-BASELINE = "zero_shot"  # always tested, because the other methods are compared with it
+BASELINE = "zero_shot"  # always tested, even if it is clearly worse: the other methods are compared with it
 
 Result = Callable[[Candidate], Json]
 
@@ -23,6 +23,16 @@ Result = Callable[[Candidate], Json]
 def first(found: Sequence[Candidate]) -> list[Candidate]:
     """Returns the first candidate of each method and model."""
     return list({x.key: x for x in reversed(found)}.values())[::-1]
+
+
+def joining(x: Candidate, found: Sequence[Candidate], rungs: int) -> int:
+    """Returns the number of the first rung in which a candidate takes part, out of `rungs` rungs.
+
+    The first setting of a method and all settings without training take part from the beginning. The other settings of
+    a trained method join in the last rung but one. Before that, they would train on so few rows that the best learning
+    rate there is often not the best one on all rows.
+    """
+    return max(0, rungs - 2) if x.trained and x not in first(found) else 0
 
 
 class Drop(NamedTuple):
@@ -71,9 +81,9 @@ def settings(alive: Sequence[Candidate], result: Result, last: bool) -> tuple[li
     return kept, dropped
 
 
-def _close(best: Json, other: Json) -> bool:
+def _close(best: Json, other: Json | None) -> bool:
     """Whether a score is at most one standard error, of the paired difference, below the best score."""
-    found = paired.pair(best, other)
+    found = paired.pair(best, other) if other else None
     return found is not None and found.difference <= (found.difference - found.low) / stats.Z
 
 
@@ -97,7 +107,7 @@ def methods(
         if mine.trained and not full:
             earlier = before(mine)
             hope = max(0.0, result(mine)["mean"] - earlier["mean"]) if earlier else math.inf
-        if key[0] == BASELINE or found is None or found.low <= hope:
+        if found is None or found.low <= hope:
             kept += every
             continue
         gain = ", more than its last gain could make up for" if hope else ""
@@ -108,25 +118,24 @@ def methods(
 
 
 def affordable(
-    alive: Sequence[Candidate], score: Callable[[Candidate], float], now: Callable[[Candidate], float],
+    alive: Sequence[Candidate], result: Callable[[Candidate], Json | None], now: Callable[[Candidate], float],
     later: Callable[[Candidate], float], left: float | None, share: float = 1.0, must: bool = False,
 ) -> tuple[list[Candidate], list[Drop]]:  # fmt: skip
     """Keeps as many methods as `left` FLOPs can pay for, with fewer settings per method if necessary. The best setting
-    of each method is paid for first: that of the method with the best score, then that of BASELINE, then those of the
-    other methods in order of their scores. The other settings are paid for as long as the rung takes at most the
-    fraction `share` of the FLOPs left.
+    of each method is paid for first, beginning with that of the leader, and then of BASELINE. The other settings are
+    paid for as long as the rung takes at most the fraction `share` of the FLOPs left.
 
     `now(x)` returns the FLOPs that candidate x needs in the next rung, and `later(x)` the FLOPs that it needs in the
     last rung and the test. Part of the budget is reserved for the later FLOPs of two candidates: BASELINE, which is
     never dropped because of its score, and the most expensive of the others, so that each of them can still be tested.
-    If `must` is true, the candidate with the best score is kept even if the budget is too small.
+    If `must` is true, the leader is kept even if the budget is too small.
     """
     if left is None:
         return list(alive), []
-    best = {key: max(score(x) for x in alive if x.key == key) for key in _keys(alive)}
-    leader = max(best, key=lambda key: best[key])
-    methods = sorted(best, key=lambda key: (key != leader, key[0] != BASELINE, -best[key]))
-    each = {key: sorted((x for x in alive if x.key == key), key=lambda x: -score(x)) for key in methods}
+    ahead = leader(alive, result, lambda x: now(x) + later(x))
+    each = _ranked(alive, result)
+    order = sorted(each, key=lambda key: (key != ahead.key, key[0] != BASELINE))  # a stable sort
+    each = {key: each[key] for key in order}
     kept, spent, short = [], 0.0, {}
     for place in range(max(map(len, each.values()))):
         for key, mine in each.items():
@@ -141,11 +150,34 @@ def affordable(
                 needed, free = now(x) + later(x), max(0.0, left - spent - _reserve(kept, later))
                 short[key] = f"the budget has {numbers.flops(free)} left; this needs {numbers.flops(needed)}"
     if must and not kept:
-        kept = [max(alive, key=score)]
-        short.pop(kept[0].key)
+        kept = [ahead]
+        short.pop(ahead.key)
     why = "the budget has no room for more settings"
     dropped = [Drop(x, short.get(x.key, why)) for x in alive if x not in kept]
     return [x for x in alive if x in kept], dropped
+
+
+def leader(
+    alive: Sequence[Candidate], result: Callable[[Candidate], Json | None], cost: Callable[[Candidate], float]
+) -> Candidate:
+    """Returns the candidate to pay for first: the cheapest of those whose scores are within one standard error of the
+    best score. Without any results, this is the candidate that is listed first."""
+    best = [mine[0] for mine in _ranked(alive, result).values()]
+    top = result(best[0])
+    if top is None:
+        return best[0]
+    return min((x for x in best if x is best[0] or _close(top, result(x))), key=cost)
+
+
+def _ranked(
+    alive: Sequence[Candidate], result: Callable[[Candidate], Json | None]
+) -> dict[tuple[str, str], list[Candidate]]:
+    """Returns {method: its candidates}, both from the best score to the worst. Candidates without a result come last,
+    in the order in which they are listed."""
+    found: dict[tuple[str, str], list[Candidate]] = {}
+    for x in sorted(alive, key=lambda x: -known["mean"] if (known := result(x)) else 1.0):
+        found.setdefault(x.key, []).append(x)
+    return found
 
 
 def _reserve(kept: Sequence[Candidate], later: Callable[[Candidate], float]) -> float:

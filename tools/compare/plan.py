@@ -12,7 +12,7 @@ from common import chips, cli, numbers
 from common.errors import UserError
 from common.types import Json
 from tools.compare import inputs
-from tools.compare.halving import BASELINE, ETA, measured
+from tools.compare.halving import BASELINE, ETA, joining, measured
 from tools.compare.inputs import Comparison
 from tools.compare.method import PASSAGE, Candidate
 
@@ -200,14 +200,15 @@ def _bounds(
     mine: Sequence[Candidate], rungs: list[Json], rung: Callable[[Candidate, Json, int], float],
     test: Callable[[Candidate, int], float], every: bool,
 ) -> list[float]:  # fmt: skip
-    """Returns the [minimum, maximum] cost of a method. The minimum counts all settings in the first rung. The maximum
-    also counts the later rungs, each with the most expensive third of the previous rung's settings, and the most
-    expensive test. If `every` is true, both count all settings in all rungs."""
+    """Returns the [minimum, maximum] cost of a method. The minimum counts the settings that take part in the first
+    rung. The maximum also counts the later rungs, each with the most expensive third of the previous rung's settings,
+    and the most expensive test. If `every` is true, both count all settings in all rungs."""
     n, low, high = len(mine), 0.0, 0.0
+    joined = max(joining(x, mine, len(rungs)) for x in mine)  # the rung from which on all settings take part
     for number in measured(mine[0], rungs):
         each = rungs[number]
-        low += sum(rung(x, each, 0) for x in mine) if every or number == 0 else 0.0
-        left = n if every else math.ceil(n / ETA**number)
+        left = n if every else 1 if number < joined else math.ceil(n / ETA ** (number - joined))
+        low += sum(rung(x, each, 0) for x in mine[:left]) if every or number == 0 else 0.0
         high += sum(sorted((rung(x, each, 1) for x in mine), reverse=True)[:left])
     if not rungs or every or mine[0].name == BASELINE:
         low += test(mine[0], 0)
