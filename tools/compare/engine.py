@@ -145,9 +145,8 @@ class Engine:
         alive = [x for x in alive if x not in self._waiting(number)]
         decision = {"rung": number, "rows": rung["rows"], "share": rung["share"], "dropped": []}
         if self._must_skip(alive, number):
-            self.r.decisions.append(
-                decision | {"entered": [], "kept": [x.id for x in [*alive, *self._waiting(number)]]}
-            )
+            kept = [x.id for x in [*alive, *self._waiting(number)]]
+            self.r.decisions.append(decision | {"entered": [], "kept": kept})
             self._say(f"rung {number + 1} is skipped: the budget pays only for the last rung")
             self._save()
             return
@@ -229,9 +228,10 @@ class Engine:
         """Returns the FLOPs left in the budget for the search among `alive`, or None if no budget is set. The baseline
         will be tested even if it is no longer in the search."""
         left = self.r.unspent["flops"]
-        return None if left is None else left - sum(
-            self.flops.test(x, 1, self._latest(x, len(self.r.rungs))) for x in self._baselines(alive)
-        )
+        if left is None:
+            return None
+        test = lambda x: self.flops.test(x, 1, self._latest(x, len(self.r.rungs)))
+        return left - sum(map(test, self._baselines(alive)))
 
     def _baselines(self, alive: list[Candidate]) -> list[Candidate]:
         """Returns the baselines that are not in `alive`."""

@@ -127,8 +127,8 @@ def affordable(
 
     `now(x)` returns the FLOPs that candidate x needs in the next rung, and `later(x)` the FLOPs that it needs in the
     last rung and the test. Part of the budget is reserved for the later FLOPs of two candidates: BASELINE, which is
-    never dropped because of its score, and the most expensive of the others, so that each of them can still be tested.
-    If `must` is true, the leader is kept even if the budget is too small.
+    always tested, and the most expensive of the others, so that each of them can still be tested. If `must` is true,
+    the leader is kept even if the budget is too small.
     """
     if left is None:
         return list(alive), []
@@ -181,7 +181,7 @@ def _ranked(
 
 
 def _reserve(kept: Sequence[Candidate], later: Callable[[Candidate], float]) -> float:
-    """Returns the FLOPs to reserve for later rungs and the test. `affordable` explains which candidates count."""
+    """Returns the FLOPs to reserve for the last rung and the test. `affordable` explains which candidates count."""
     others = max((later(x) for x in kept if x.key[0] != BASELINE), default=0.0)
     return others + sum(later(x) for x in kept if x.key[0] == BASELINE)
 
