@@ -273,6 +273,7 @@ def test_plans_and_trainings_for_a_cluster(model, comparison, tmp_path, capsys):
     assert command.main([*argv, "--emit=slurm", f"--out={tmp_path / 'out'}"]) == 0
     text = (tmp_path / "out/runs/emit/sweep.sbatch").read_text()
     assert text.count("exec python -m train.main") == 3 and "lora-lr-0-0003-rung0" in text
+    assert text.count("data.holdout=0.0") == 3  # all training rows are trained on
     [path] = (tmp_path / "out/rows").glob("train-*.jsonl")
     third = halving.rungs(2, len(comparison.task.scored["train"]), 20)[0]["train"]
     assert len(rows := files.read_lines(path)) == third and set(rows[0]) == {"prompt", "completion"}
