@@ -18,6 +18,7 @@ spent on measuring settings on validation rows and on training the chosen settin
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,8 @@ class Way(NamedTuple):
     """One way to choose a method, and the result of its choice.
 
     If `estimated` is true, the chosen setting was not tested, but another setting of the same method was. The score is
-    then that setting's test score, plus the difference between the validation scores of the two settings.
+    then that setting's test score, plus the difference between the validation scores of the two settings. The interval
+    combines the intervals of both differences (MOVER, Zou & Donner 2008).
     """
 
     name: str
@@ -58,7 +60,8 @@ class Way(NamedTuple):
 
     @property
     def close(self) -> bool:
-        return self.difference >= -CLOSE or self.high >= 0
+        """Whether the choice is as good as that of "all". The wide interval of an estimate does not make it so."""
+        return self.difference >= -CLOSE or (self.high >= 0 and not self.estimated)
 
 
 class Replay(Engine):
@@ -172,14 +175,19 @@ def _way(record: Record, name: str, candidate: str, best: Json, share: float) ->
     method = next(m for m in record.methods if (m["name"], m["model"]) == key)
     if method["status"] != "tested":
         raise UserError(f"{method['label']} was not tested: {method['why']}", "", "run tools.compare again")
-    missing = 0.0
-    if method["candidate"] != candidate:
-        last = lambda name: record.candidate(name)["rungs"][-1]["result"]["mean"]
-        missing = last(candidate) - last(method["candidate"])
     mine = _scores(method)
-    pair = paired.compare((mine + missing).tolist(), _scores(best).tolist())
+    test = paired.compare(mine.tolist(), _scores(best).tolist())
+    difference, low, high = test.difference, test.low, test.high
     estimated = method["candidate"] != candidate
-    return Way(name, candidate, float(mine.mean()) + missing, pair.difference, pair.low, pair.high, share, estimated)
+    if estimated:
+        last = lambda name: record.candidate(name)["rungs"][-1]["result"]
+        other = paired.pair(last(candidate), last(method["candidate"]))
+        assert other is not None  # in the last rung, all settings are measured on the same rows
+        difference += other.difference
+        low = difference - math.hypot(test.difference - test.low, other.difference - other.low)
+        high = difference + math.hypot(test.high - test.difference, other.high - other.difference)
+    score = float(_scores(best).mean()) + difference
+    return Way(name, candidate, score, difference, low, high, share, estimated)
 
 
 def _scores(method: Json) -> np.ndarray:
