@@ -13,6 +13,7 @@ import pytest
 
 from common import exits, files
 from common.errors import UserError
+from common.jobs import Stage
 from configs import schema
 from data.text import formats as tokenizers
 from evals import latency
@@ -238,6 +239,15 @@ def test_rows_that_decide_nothing_are_one_line(tmp_path, rows, message):
     path.write_text("question,answer\n" + "".join(f"{q},{a}\n" for q, a in rows))
     with pytest.raises(UserError, match=message):
         inputs.read(str(path))
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [("OSError(28, 'No space left on device')", UserError), ("ValueError", work.Failed)]
+)
+def test_a_full_disk_stops_the_comparison_and_blames_no_method(comparison, error, raised):
+    stage = Stage("fill", ["timeit", "-n1", "-r1", f"raise {error}"], lambda: 0.0, 1)
+    with pytest.raises(raised, match=error.split("'")[1] if "'" in error else error):
+        work.do(comparison, "fill", [stage])
 
 
 # --- whole comparisons ---

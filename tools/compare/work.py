@@ -1,6 +1,7 @@
 """Runs the jobs of a comparison. Each job is an ordinary command with its own run folder, and can be rerun by hand."""
 
 import hashlib
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -167,7 +168,8 @@ def everything(folder: Path) -> float:
 
 
 def do(c: Comparison, title: str, stages: list[Stage]) -> None:
-    """Runs the stages, unless all are done already. Raises Failed if a command fails, or Stopped if interrupted."""
+    """Runs the stages, unless all are done already. Raises Failed if a command fails, Stopped if it is interrupted, or
+    UserError if the disk is full."""
     if any(stage.share() < 1 for stage in stages):
         _run(c, title, stages)
 
@@ -183,7 +185,10 @@ def _run(c: Comparison, title: str, stages: list[Stage]) -> None:
         last = max(logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
         said = [line.strip() for line in jobs.tail(last, 20) if line.strip()]
         errors = [line for line in said if " · " in line]  # UserErrors are printed with this separator
-        raise Failed((errors or said or [f"exit code {code}"])[-1])
+        why = (errors or said or [f"exit code {code}"])[-1]
+        if any(os.strerror(number) in why for number in files.FULL):  # the command did not fail because of its method
+            raise UserError(why, "", "" if "make room" in why else "make room and run the same command again")
+        raise Failed(why)
 
 
 def slug(text: str) -> str:
