@@ -127,24 +127,26 @@ def test_training_on_a_part_of_the_rows_may_still_learn():
     assert not drops(result(0)) and drops(result(19)) and drops(None, full=True)
 
 
-def test_the_budget_pays_the_best_first_and_holds_a_test_back():
+def test_the_budget_pays_the_best_first_and_reserves_a_test():
     lora, full, zero = candidate("lora", 1e-3), candidate("full", 1e-5), candidate("zero_shot")
     everyone = [zero, lora, full]
     scores = by(zip(everyone, map(result, (4, 36, 20)), strict=True))
     now, later = (by(zip(everyone, row, strict=True)) for row in ((1.0, 10.0, 20.0), (1.0, 30.0, 60.0)))
     assert halving.affordable(everyone, scores, now, later, None) == (everyone, [])
-    assert halving.affordable(everyone, scores, now, later, 92.0)[0] == everyone  # 1 + 10 + 20, and 1 + 60 later
-    kept, [drop] = halving.affordable(everyone, scores, now, later, 91.0)
+    assert halving.affordable(everyone, scores, now, later, 91.0)[0] == everyone  # 1 + 10 + 20, and 60 later
+    kept, [drop] = halving.affordable(everyone, scores, now, later, 90.0)
+    assert kept == [lora, full] and drop.why == "the budget has 0 FLOP left; this needs 2 FLOP"
+    kept, [drop] = halving.affordable(everyone, scores, now, later, 89.0)
     assert kept == [zero, lora] and drop.why == "the budget has 49 FLOP left; this needs 80 FLOP"
-    assert halving.affordable(everyone, scores, now, later, 41.0)[0] == [lora]  # the leader, before zero-shot
+    assert halving.affordable(everyone, scores, now, later, 40.0)[0] == [lora]  # the leader, before zero-shot
     assert halving.affordable(everyone, scores, now, later, 1.5)[0] == []
     assert halving.affordable(everyone, scores, now, later, 1.5, must=True)[0] == [lora]
 
 
-def test_the_leader_is_the_cheapest_of_the_best_and_without_results_the_first():
+def test_the_leader_is_the_cheapest_trained_one_of_the_best_and_without_results_the_first():
     everyone = full, lora, zero = candidate("full", 1e-5), candidate("lora", 1e-3), candidate("zero_shot")
     cost = by(zip(everyone, (3.0, 2.0, 1.0), strict=True))
-    for right, wanted in ((30, 29, 10), lora), ((30, 20, 10), full), ((30, 30, 30), zero):
+    for right, wanted in ((30, 29, 10), lora), ((30, 20, 10), full), ((30, 30, 30), lora), ((20, 10, 30), zero):
         scores = by(zip(everyone, map(result, right), strict=True))
         assert halving.leader(everyone, scores, cost) == wanted
     assert halving.leader(everyone, lambda x: None, cost) == full

@@ -45,7 +45,7 @@ class Engine:
         if self.seconds and self.r.budget["flops"] is None:
             self._probe()
         alive = self._survivors()
-        alive += self._baselines(alive)
+        alive += [x for x in self._baselines() if x not in alive]
         for group in _groups(sorted(alive, key=lambda x: x.trained)):
             self._test(group)
         if not any(row["status"] == "tested" for row in self.r.methods):
@@ -164,7 +164,7 @@ class Engine:
     def _must_skip(self, alive: list[Candidate], number: int) -> bool:
         """Whether a rung between the first and the last is left out, because the candidate with the best score could
         otherwise not be trained on all rows."""
-        left = self._left(alive)
+        left = self._left()
         if left is None or not 0 < number < len(self.r.rungs) - 1:
             return False
         cost = lambda x: self._now(x, number) + self._later(x, number)
@@ -176,7 +176,7 @@ class Engine:
         result = lambda x: self._latest(x, number - 1)
         now, later = (lambda x, f=f: f(x, number) for f in (self._now, self._later))
         share = 1 / (len(self.r.rungs) - number)  # each rung gets the same share of the budget
-        kept, drops = halving.affordable(alive, result, now, later, self._left(alive), share, must=number > 0)
+        kept, drops = halving.affordable(alive, result, now, later, self._left(), share, must=number > 0)
         if not kept:
             least = min(now(x) + later(x) for x in alive)
             cheapest, budget = numbers.flops(least), numbers.flops(self.r.budget["flops"])
@@ -193,8 +193,12 @@ class Engine:
     def _later(self, x: Candidate, number: int) -> float:
         """Returns the FLOPs that a candidate needs after a rung: those of the last rung and of the test."""
         last = len(self.r.rungs) - 1
-        test = self.flops.test(x, 1, self._latest(x, number - 1))
+        test = self._test_flops(x, self._latest(x, number - 1))
         return test + (self._now(x, last) if number < last else 0.0)
+
+    def _test_flops(self, x: Candidate, result: Json | None) -> float:
+        """Returns the FLOPs to reserve for a candidate's test. For the baseline, `_left` reserves them."""
+        return 0.0 if x.name == halving.BASELINE else self.flops.test(x, 1, result)
 
     def _decide(self, alive: list[Candidate], number: int) -> None:
         """Ends a rung: records which candidates are kept, and why the other candidates are dropped."""
@@ -208,8 +212,8 @@ class Engine:
         if self.r.budget["asked"] != plan.ALL:
             alive, two = halving.methods(alive, result, lambda x: self._latest(x, number - 1), last)
         if last:
-            test = lambda x: self.flops.test(x, 1, result(x))
-            alive, three = halving.affordable(alive, result, test, lambda x: 0.0, self._left(alive), must=True)
+            test = lambda x: self._test_flops(x, result(x))
+            alive, three = halving.affordable(alive, result, test, lambda x: 0.0, self._left(), must=True)
         known = {x.key for x in alive}
         waiting = [x for x in self._waiting(number) if x.key in known]
         self.r.decisions[number]["kept"] = [x.id for x in [*alive, *waiting]]
@@ -224,19 +228,16 @@ class Engine:
             self._say(f"{drop.candidate.id} stops: {drop.why}")
         self._save()
 
-    def _left(self, alive: list[Candidate]) -> float | None:
-        """Returns the FLOPs left in the budget for the search among `alive`, or None if no budget is set. The baseline
-        will be tested even if it is no longer in the search."""
+    def _left(self) -> float | None:
+        """Returns the FLOPs left in the budget for the search, or None if no budget is set. The FLOPs for testing the
+        baselines are not counted as left."""
         left = self.r.unspent["flops"]
-        if left is None:
-            return None
         test = lambda x: self.flops.test(x, 1, self._latest(x, len(self.r.rungs)))
-        return left - sum(map(test, self._baselines(alive)))
+        return None if left is None else left - sum(map(test, self._baselines()))
 
-    def _baselines(self, alive: list[Candidate]) -> list[Candidate]:
-        """Returns the baselines that are not in `alive`."""
-        every = (x for x in halving.first(self.found) if x.name == halving.BASELINE and not self._failed(x))
-        return [x for x in every if x not in alive]
+    def _baselines(self) -> list[Candidate]:
+        """Returns one baseline per model, which is tested even if it is dropped from the search."""
+        return [x for x in halving.first(self.found) if x.name == halving.BASELINE and not self._failed(x)]
 
     # --- measuring ---
 

@@ -122,20 +122,19 @@ def affordable(
     later: Callable[[Candidate], float], left: float | None, share: float = 1.0, must: bool = False,
 ) -> tuple[list[Candidate], list[Drop]]:  # fmt: skip
     """Keeps as many methods as `left` FLOPs can pay for, with fewer settings per method if necessary. The best setting
-    of each method is paid for first, beginning with that of the leader, and then of BASELINE. The other settings are
-    paid for as long as the rung takes at most the fraction `share` of the FLOPs left.
+    of each method is paid for first: that of the leader, then those of the other methods in order of their scores. The
+    other settings are paid for as long as the rung takes at most the fraction `share` of the FLOPs left.
 
     `now(x)` returns the FLOPs that candidate x needs in the next rung, and `later(x)` the FLOPs that it needs in the
-    last rung and the test. Part of the budget is reserved for the later FLOPs of two candidates: BASELINE, which is
-    always tested, and the most expensive of the others, so that each of them can still be tested. If `must` is true,
-    the leader is kept even if the budget is too small.
+    last rung and the test. Part of the budget is reserved for the later FLOPs of the most expensive candidate, so that
+    any one of them can still be tested. If `must` is true, the leader is kept even if the budget is too small.
     """
     if left is None:
         return list(alive), []
     ahead = leader(alive, result, lambda x: now(x) + later(x))
     each = _ranked(alive, result)
-    order = sorted(each, key=lambda key: (key != ahead.key, key[0] != BASELINE))  # a stable sort
-    each = {key: each[key] for key in order}
+    each = {ahead.key: each[ahead.key]} | each
+    reserve = lambda some: max(map(later, some), default=0.0)
     kept, spent, short = [], 0.0, {}
     for place in range(max(map(len, each.values()))):
         for key, mine in each.items():
@@ -143,11 +142,11 @@ def affordable(
                 continue
             x = mine[place]
             after = spent + now(x)
-            if after + _reserve([*kept, x], later) <= left and (place == 0 or after <= share * left):
+            if after + reserve([*kept, x]) <= left and (place == 0 or after <= share * left):
                 kept.append(x)
                 spent = after
             elif place == 0:
-                needed, free = now(x) + later(x), max(0.0, left - spent - _reserve(kept, later))
+                needed, free = now(x) + later(x), max(0.0, left - spent - reserve(kept))
                 short[key] = f"the budget has {numbers.flops(free)} left; this needs {numbers.flops(needed)}"
     if must and not kept:
         kept = [ahead]
@@ -160,13 +159,16 @@ def affordable(
 def leader(
     alive: Sequence[Candidate], result: Callable[[Candidate], Json | None], cost: Callable[[Candidate], float]
 ) -> Candidate:
-    """Returns the candidate to pay for first: the cheapest of those whose scores are within one standard error of the
-    best score. Without any results, this is the candidate that is listed first."""
+    """Returns the candidate to pay for first. Without any results, this is the candidate that is listed first.
+
+    Otherwise it is one of the candidates whose scores are within one standard error of the best score: the cheapest of
+    those that train, since they can still improve, or the cheapest of all if none of them trains.
+    """
     best = [mine[0] for mine in _ranked(alive, result).values()]
     top = result(best[0])
     if top is None:
         return best[0]
-    return min((x for x in best if x is best[0] or _close(top, result(x))), key=cost)
+    return min((x for x in best if x is best[0] or _close(top, result(x))), key=lambda x: (not x.trained, cost(x)))
 
 
 def _ranked(
@@ -178,12 +180,6 @@ def _ranked(
     for x in sorted(alive, key=lambda x: -known["mean"] if (known := result(x)) else 1.0):
         found.setdefault(x.key, []).append(x)
     return found
-
-
-def _reserve(kept: Sequence[Candidate], later: Callable[[Candidate], float]) -> float:
-    """Returns the FLOPs to reserve for the last rung and the test. `affordable` explains which candidates count."""
-    others = max((later(x) for x in kept if x.key[0] != BASELINE), default=0.0)
-    return others + sum(later(x) for x in kept if x.key[0] == BASELINE)
 
 
 def _keys(found: Sequence[Candidate]) -> list[tuple[str, str]]:
