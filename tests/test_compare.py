@@ -184,6 +184,8 @@ def test_a_request_costs_what_is_read_and_written(comparison):
     low, high = flops.ask(x, 10)
     assert low == 10 * 1e6 * (8 + 4 * 10 + 2) and high == 10 * 1e6 * (8 + 4 * 10 + plan.ROOM)
     assert flops.ask(x, 10, {"flops": 40.0, "n": 20}) == (20.0, 20.0)
+    x = Candidate("few", "few_shot", "m", Method("", ""), Setting({}, ask=Context(shots=4, pick="fixed")))
+    assert flops.ask(x, 10)[0] == 1e6 * (4 * 10 + 10 * (8 + 2))  # the examples once
 
 
 def test_latency_leaves_compilation_out():

@@ -41,13 +41,15 @@ class Prices:
 
     def ask(self, x: Candidate, rows: int, result: Json | None = None) -> tuple[float, float]:
         """Returns the (low, high) FLOPs of answering `rows` questions. If an earlier `result` is given, both are its
-        measured FLOPs per question times `rows`."""
+        measured FLOPs per question times `rows`. Examples that all prompts share are computed once."""
         if result:
             return (result["flops"] / result["n"] * rows,) * 2
-        base, read = self.c.bases[x.model], self._read(x)
+        base, shown = self.c.bases[x.model], self._examples(x)
+        once = shown if x.setting.ask.pick == "fixed" else 0.0
+        read = self._read(x) - once
         options = max(1, len(self.c.task.scored["test"][0].get("options", ())))
         low, high = base.answer, max(ROOM, base.answer)
-        return tuple(base.forward * rows * (options * read + written) for written in (low, high))
+        return tuple(base.forward * (once + rows * (options * read + written)) for written in (low, high))
 
     def dollars(self, x: Candidate, rows: int) -> tuple[float, float]:
         """Returns the (low, high) dollars of asking a hosted model `rows` questions. The cost is 0 for other models,
@@ -62,7 +64,12 @@ class Prices:
     def _read(self, x: Candidate) -> float:
         """Returns the number of tokens in a prompt."""
         base = self.c.bases[x.model]
-        return base.prompt + x.setting.ask.shots * (base.prompt + base.answer) + self._passages(x)
+        return base.prompt + self._examples(x) + self._passages(x)
+
+    def _examples(self, x: Candidate) -> float:
+        """Returns the number of tokens of the examples in a prompt."""
+        base = self.c.bases[x.model]
+        return x.setting.ask.shots * (base.prompt + base.answer)
 
     def _passages(self, x: Candidate) -> int:
         return PASSAGE * x.setting.ask.k * bool(x.setting.ask.index)
