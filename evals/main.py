@@ -118,10 +118,9 @@ def _contexts(args: argparse.Namespace) -> "list[Context]":
 
     if args.index:
         opened(args.index)
-    how = args.how if args.index else None
     shots = [FULL if n == "full" else n for n in args.shots]
     texts = instruction.read(args.instructions) if args.instructions else [""]
-    return [Context(text, n, args.pick, args.index, args.k, how, args.cite) for text in texts for n in shots]
+    return [Context(text, n, args.pick, args.index, args.k, args.how, args.cite) for text in texts for n in shots]
 
 
 def _measure(

@@ -92,16 +92,16 @@ class Index:
         vectors of all chunks. The cost of BM25 is not counted."""
         if how == "bm25" or self.vectors is None:
             return 0.0
-        ids = self.embedder.encode(list(questions))
-        return self.embedder.flops_per_token * sum(map(len, ids)) + 2.0 * len(ids) * self.vectors.size
+        asked = list(questions)
+        return self._embedding_flops(asked) + 2.0 * len(asked) * self.vectors.size
 
     @property
     def build_flops(self) -> float:
         """The FLOPs that computing the vectors of all chunks takes."""
-        if not self.dense:
-            return 0.0
-        ids = self.embedder.encode([chunk.passage for chunk in self.chunks])
-        return self.embedder.flops_per_token * sum(map(len, ids))
+        return self._embedding_flops([chunk.passage for chunk in self.chunks]) if self.dense else 0.0
+
+    def _embedding_flops(self, texts: Sequence[str]) -> float:
+        return self.embedder.flops_per_token * sum(map(len, self.embedder.encode(texts)))
 
     def _one(self, question: str, vector: np.ndarray | None, k: int, how: How) -> list[Hit]:
         parts = [] if how == "dense" else [self.words.scores(question)]

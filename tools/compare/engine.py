@@ -142,10 +142,11 @@ class Engine:
     def _enter(self, alive: list[Candidate], number: int) -> None:
         """Begins a rung: before any FLOPs are spent on it, records which candidates enter it."""
         rung = self.r.rungs[number]
-        alive = [x for x in alive if x not in self._waiting(number)]
+        waiting = self._waiting(number)
+        alive = [x for x in alive if x not in waiting]
         decision = {"rung": number, "rows": rung["rows"], "share": rung["share"], "dropped": []}
         if self._must_skip(alive, number):
-            kept = [x.id for x in [*alive, *self._waiting(number)]]
+            kept = [x.id for x in [*alive, *waiting]]
             self.r.decisions.append(decision | {"entered": [], "kept": kept})
             self._say(f"rung {number + 1} is skipped: the budget pays only for the last rung")
             self._save()
